@@ -1,0 +1,148 @@
+"""Executor 1: a plan carried out by point-to-point messages of a torch process group.
+
+Any backend that has isend and irecv, any device. It is the readable specification of what the GPU
+executor computes, bit for bit: at each level the contributions are added in digit order, 16-bit types
+in fp32, and rounded once.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nvrar.plan import Plan, Step
+from nvrar.topology import Topology
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = frozenset(
+    {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64}
+)
+OPS = ("sum", "avg", "max", "min")
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+_schedule = lru_cache(maxsize=256)(Plan.schedule)
+
+
+class PeerLost(Exception):
+    """A wait ended without its data. Private: the communicator finds out whose fault it was."""
+
+    def __init__(self, position: int, level: int, reason: str, timed_out: bool) -> None:
+        super().__init__(reason)
+        self.position, self.level, self.reason, self.timed_out = position, level, reason, timed_out
+
+
+def reduce_in_order(contributions: list[Tensor], op: str, divisor: int = 1) -> Tensor:
+    """The contributions (equal shapes and dtypes) combined first to last; a new tensor of their dtype.
+
+    16-bit types accumulate in fp32 and are rounded once, at the end. ``divisor`` divides before that.
+    """
+    first, *rest = contributions
+    total = first.to(_WIDE.get(first.dtype, first.dtype), copy=True)
+    for other in rest:
+        if op == "max":
+            torch.maximum(total, other.to(total.dtype), out=total)
+        elif op == "min":
+            torch.minimum(total, other.to(total.dtype), out=total)
+        else:
+            total += other
+    if divisor > 1:
+        total /= divisor
+    return total.to(first.dtype)
+
+
+class HostExecutor:
+    """Runs plans for one rank of ``group``. Not thread-safe: one call at a time."""
+
+    def __init__(self, group: dist.ProcessGroup, topology: Topology, name: str) -> None:
+        self._group = group
+        self._topology = topology
+        self._position = topology.position_of(group.rank())
+        self._name = name
+
+    def all_reduce(
+        self, x: Tensor, out: Tensor, plan: Plan, op: str, epoch: int, call: str, budget_s: float
+    ) -> None:
+        """Writes the reduction of all ranks' ``x`` into ``out`` (both 1-D, contiguous, same dtype and
+        length; may be the same tensor). Collective.
+
+        ``call`` describes the call; ranks that made another one never exchange data with this one.
+
+        Raises:
+            PeerLost: a peer's data did not come within ``budget_s``.
+        """
+        deadline = time.monotonic() + budget_s
+        source = x  # until the first sum is written, a rank's block is its input
+        for index, step in enumerate(_schedule(plan, self._position, x.numel())):
+            tag = self._tag(epoch, call, index)
+            if step.phase == "gather":
+                into = {d: out[slice(*step.receives[d])] for d, _ in step.peers()}
+                self._exchange(step, out, into, tag, deadline)
+                continue
+            length = step.span[1] - step.span[0]
+            into = {d: x.new_empty(length) for d, _ in step.peers()}
+            own = source[slice(*step.span)]
+            self._exchange(step, source, into, tag, deadline)
+            last = op == "avg" and step.level == len(plan.levels) - 1
+            contributions = [into.get(d, own) for d in range(len(step.members))]
+            total = reduce_in_order(contributions, op, plan.world_size if last else 1)
+            out[slice(*step.span)] = total
+            source = out
+        if source is x and out is not x:  # no levels: one rank
+            out.copy_(x)
+
+    def _exchange(
+        self, step: Step, source: Tensor, into: dict[int, Tensor], tag: int, deadline: float
+    ) -> None:
+        """All messages of one step; returns when all have arrived and all buffers may be reused."""
+        operations: list[dist.P2POp] = []
+        peers: list[tuple[int, str]] = []
+
+        def add(action: Callable[..., object], data: Tensor, position: int, what: str) -> None:
+            if data.numel():  # both sides know the lengths, so neither sends an empty message
+                rank = self._topology.rank_at(position)
+                operations.append(
+                    dist.P2POp(action, data, group=self._group, tag=tag, group_peer=rank)
+                )
+                peers.append((position, what))
+
+        for digit, position in step.peers():
+            add(dist.irecv, into[digit], position, "its data did not come")
+        for digit, position in step.peers():
+            add(dist.isend, source[slice(*step.sends[digit])], position, "it took no data")
+        if not operations:
+            return
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise PeerLost(peers[0][0], step.level, _reason(error, peers[0][1]), False) from error
+        # NCCL hands back one work for the batch, gloo one for each message.
+        for work, (position, what) in zip(works, peers, strict=False):
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                work.wait(timedelta(seconds=left))
+            except RuntimeError as error:
+                timed_out = time.monotonic() >= deadline
+                raise PeerLost(position, step.level, _reason(error, what), timed_out) from error
+
+    def _tag(self, epoch: int, call: str, index: int) -> int:
+        # Two ranks whose calls differ must never match: gloo ends the process of a receiver whose
+        # buffer is too small, and equal sizes would be summed wrongly. So the tag says it all.
+        return zlib.crc32(f"{self._name}/{epoch}/{call}/{index}".encode()) & 0x7FFFFFFF
+
+
+def _reason(error: RuntimeError, what: str) -> str:
+    text = str(error)
+    if "closed by peer" in text or "Connection reset" in text or "Broken pipe" in text:
+        return "it closed its connection (it exited, was killed, or gave up itself)"
+    if "Timed out" in text or "timeout" in text.lower():
+        return f"{what} in time"
+    return text.splitlines()[0][:200]

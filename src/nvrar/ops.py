@@ -1,0 +1,44 @@
+"""The all-reduce as torch operators, so that torch.compile can see it whole.
+
+``torch.ops.nvrar.all_reduce(x, comm, op)`` gives a new tensor, ``torch.ops.nvrar.all_reduce_`` works in
+place; ``comm`` is ``Communicator.name``. User code calls :meth:`Communicator.all_reduce`, which turns
+into these when it is compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvrar.communicator import Communicator, by_name
+from nvrar.errors import ClosedError
+
+
+def _communicator(name: str) -> Communicator:
+    found = by_name.get(name)
+    if found is None:
+        raise ClosedError(
+            f"no communicator {name!r} lives in this process: it was deleted after the graph was "
+            "compiled; keep it alive as long as the compiled function"
+        )
+    return found
+
+
+@torch.library.custom_op("nvrar::all_reduce", mutates_args=())
+def all_reduce(x: Tensor, comm: str, op: str = "sum") -> Tensor:
+    return _communicator(comm).all_reduce(x, op=op)
+
+
+@all_reduce.register_fake
+def _(x: Tensor, comm: str, op: str = "sum") -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("nvrar::all_reduce_", mutates_args=("x",))
+def all_reduce_(x: Tensor, comm: str, op: str = "sum") -> None:
+    _communicator(comm).all_reduce(x, out=x, op=op)
+
+
+@all_reduce_.register_fake
+def _(x: Tensor, comm: str, op: str = "sum") -> None:
+    return None

@@ -1,0 +1,170 @@
+"""Who sits where: how many nodes, how many ranks on each, and in which order the ranks are counted.
+
+Everything here is a pure function of its arguments except :meth:`Topology.detect`, which asks the
+other ranks of the group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nvrar.errors import TopologyError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+log = logging.getLogger("nvrar")
+
+# In order of trust: the first kind that every rank has decides. A launcher knows better than a host
+# name, which containers on different machines may share.
+_SOURCES = ("NVRAR_RANKS_PER_NODE", "torchrun", "Slurm", "host name")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """``num_nodes`` nodes of ``ranks_per_node`` ranks each.
+
+    A rank's *position* is ``local_rank + ranks_per_node * node_rank``; plans are written in positions.
+    ``order[position]`` is the group rank that sits there. Left empty it is the identity, which is what
+    torchrun and Slurm's block distribution give; a cyclic distribution gives another permutation.
+
+    Raises:
+        TopologyError: a count below 1, or an order that is no permutation of the ranks.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    order: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_nodes", "ranks_per_node"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise TopologyError(f"{name} is {count!r}; it must be a whole number of at least 1")
+        identity = tuple(range(self.world_size))
+        if self.order and tuple(sorted(self.order)) != identity:
+            raise TopologyError(
+                f"order {self.order} is no permutation of the ranks 0 to {self.world_size - 1} "
+                f"that {self} has; give each rank once, or leave it out"
+            )
+        if self.order == identity:  # one value for one meaning, so that equality is agreement
+            object.__setattr__(self, "order", ())
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+    def rank_at(self, position: int) -> int:
+        """The group rank that sits at ``position``."""
+        return self.order[position] if self.order else position
+
+    def position_of(self, rank: int) -> int:
+        """Where group rank ``rank`` sits."""
+        return self.order.index(rank) if self.order else rank
+
+    def node_of(self, position: int) -> int:
+        """The node that ``position`` is on."""
+        return position // self.ranks_per_node
+
+    def __str__(self) -> str:
+        return f"{self.num_nodes}x{self.ranks_per_node}"
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """``"2x4"`` as two nodes of four ranks."""
+        nodes, separator, ranks = text.lower().partition("x")
+        if not (separator and nodes.strip().isdigit() and ranks.strip().isdigit()):
+            raise TopologyError(f"topology {text!r} is not NODESxRANKS_PER_NODE, such as 2x4")
+        return cls(int(nodes), int(ranks))
+
+    @classmethod
+    def flat(cls, num_ranks: int) -> Topology:
+        """Every rank on a node of its own: no assumption about which links are short."""
+        return cls(num_ranks, 1)
+
+    @classmethod
+    def detect(cls, group: ProcessGroup | None = None, timeout_s: float = 30.0) -> Topology:
+        """The topology of ``group`` (None: the default group). Collective over the group.
+
+        Nodes are told apart by ``NVRAR_RANKS_PER_NODE`` (global rank divided by it; one host can so
+        play several nodes), else torchrun's ``GROUP_RANK``, else Slurm's ``SLURM_NODEID``, else the
+        host's name and boot id: the first of these that all ranks have.
+        Nodes with unequal numbers of ranks give :meth:`flat`, said once in the log.
+
+        Raises:
+            TopologyError: the override is malformed, or not the same on all ranks.
+            PeerTimeout: a rank did not come within ``timeout_s``.
+        """
+        import torch.distributed as dist
+
+        from nvrar.sideband import exchange_values
+
+        group = group or dist.group.WORLD
+        if group is None:
+            raise TopologyError(
+                "torch.distributed is not initialised; call init_process_group first, or give the "
+                "topology by hand"
+            )
+        sightings = exchange_values(group, "topology", sighting(os.environ), timeout_s)
+        return from_sightings(sightings, dist.get_process_group_ranks(group))
+
+
+def sighting(environment: Mapping[str, str]) -> dict[str, str]:
+    """What this process can tell about the node it is on, by source."""
+    seen = {}
+    if environment.get("NVRAR_RANKS_PER_NODE"):
+        seen["NVRAR_RANKS_PER_NODE"] = environment["NVRAR_RANKS_PER_NODE"]
+    if "GROUP_RANK" in environment and "TORCHELASTIC_RUN_ID" in environment:
+        seen["torchrun"] = environment["GROUP_RANK"]
+    if "SLURM_NODEID" in environment and "SLURM_PROCID" in environment:
+        seen["Slurm"] = environment["SLURM_NODEID"]
+    try:  # containers of one image may share a host name, but never a boot of two machines
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+    except OSError:
+        boot_id = ""
+    seen["host name"] = f"{socket.gethostname()}/{boot_id}"
+    return seen
+
+
+def from_sightings(sightings: Sequence[Mapping[str, str]], global_ranks: Sequence[int]) -> Topology:
+    """The topology that a list of sightings, one per group rank, amounts to. Pure."""
+    override = {s.get("NVRAR_RANKS_PER_NODE") for s in sightings}
+    if override != {None}:
+        return _overridden(override, global_ranks)
+    source = next(s for s in _SOURCES if all(s in seen for seen in sightings))
+    return _grouped([seen[source] for seen in sightings], source)
+
+
+def _overridden(values: set[str | None], global_ranks: Sequence[int]) -> Topology:
+    if len(values) > 1:
+        shown = ", ".join(sorted("unset" if v is None else repr(v) for v in values))
+        raise TopologyError(
+            f"NVRAR_RANKS_PER_NODE differs between ranks ({shown}); set the same on all, or on none"
+        )
+    (text,) = values
+    if text is None or not text.isdigit() or int(text) < 1:
+        raise TopologyError(
+            f"NVRAR_RANKS_PER_NODE is {text!r}; it must be a whole number of at least 1"
+        )
+    return _grouped([str(rank // int(text)) for rank in global_ranks], "NVRAR_RANKS_PER_NODE")
+
+
+def _grouped(nodes: Sequence[str], source: str) -> Topology:
+    members: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        members.setdefault(node, []).append(rank)
+    counts = [len(ranks) for ranks in members.values()]
+    if len(set(counts)) > 1:
+        log.warning(
+            "nodes hold unequal numbers of ranks (%s, by %s): using a flat plan over %d ranks. "
+            "Start the same number of ranks on every node for a hierarchical one.",
+            counts, source, len(nodes),
+        )  # fmt: skip
+        return Topology.flat(len(nodes))
+    return Topology(len(counts), counts[0], tuple(r for ranks in members.values() for r in ranks))
