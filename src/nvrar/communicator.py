@@ -208,7 +208,14 @@ class Communicator:
             self._host.all_reduce(flat, result, plan, op, self._epoch, call, self._budget_s())
         except host.PeerLost as lost:
             suspect = self.topology.rank_at(lost.position)
-            report = Report(self._epoch, call, suspect, lost.reason, lost.level, lost.timed_out)
+            report = Report(
+                self._epoch,
+                call,
+                waits_on=suspect,
+                reason=lost.reason,
+                level=lost.level,
+                timed_out=lost.timed_out,
+            )
             self._ended = self._sideband.explain(report)
             raise self._ended from lost
         if not direct:

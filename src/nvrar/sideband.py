@@ -174,8 +174,9 @@ class Sideband:
     def _timeout(self, mine: Report, culprit: int | None, reason: str) -> NvrarError:
         where = "" if mine.level is None else f"level {mine.level} of "
         blamed = "the other ranks" if culprit is None else f"rank {culprit}"
+        did = "came too late" if culprit == self._rank else f"gave up on {blamed}"
         return PeerTimeout(
-            f"rank {self._rank} gave up on {blamed} at {where}call {mine.epoch}, {mine.call}: {reason}. "
+            f"rank {self._rank} {did} at {where}call {mine.epoch}, {mine.call}: {reason}. "
             f"The communicator is broken (and with gloo its process group too). Look first at what "
             f"{blamed} logged; then start anew, with a larger timeout_s than {self._timeout_s:g} if it "
             "was only late",
