@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small inference engine with swappable collectives: prompt, sequence, batch, model over ranks, token, text."""
+
+from yalis.core import RequestOutput, SamplingParams
+from yalis.errors import CheckpointError, ConfigError, RequestError, WorkerError, YalisError
+from yalis.llm import LLM
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "ConfigError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "WorkerError",
+    "YalisError",
+]

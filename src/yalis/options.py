@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asked of the engine, checked against the model before any process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from yalis.config import DTYPES, ModelConfig
+from yalis.errors import ConfigError
+
+ALL_REDUCES = ("nvrar", "torch")
+_GPU_ALL_REDUCES = ("symm-one-shot", "symm-two-shot")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The options of `LLM`, as given; equal on every rank. See `LLM` for their meaning."""
+
+    model: str
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    num_nodes: int = 1
+    all_reduce: str = "nvrar"
+    all_reduce_plan: str = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    kv_cache_memory_bytes: int = 4 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "num_nodes",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+        ):
+            _require_count(name, getattr(self, name))
+        if self.pipeline_parallel_size != 1:
+            raise ConfigError(
+                f"pipeline_parallel_size is {self.pipeline_parallel_size}; only 1 is supported yet. "
+                "Use tensor_parallel_size for more ranks"
+            )
+        if self.tensor_parallel_size % self.num_nodes:
+            raise ConfigError(
+                f"tensor_parallel_size {self.tensor_parallel_size} is not a multiple of num_nodes "
+                f"{self.num_nodes}; every node holds equally many ranks"
+            )
+        if self.all_reduce in _GPU_ALL_REDUCES:
+            raise ConfigError(
+                f"all_reduce is {self.all_reduce!r}, which needs CUDA symmetric memory and is not built "
+                f"yet; use one of {', '.join(ALL_REDUCES)}"
+            )
+        _require_one_of("all_reduce", self.all_reduce, ALL_REDUCES)
+        _require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        _require_one_of("load_format", self.load_format, LOAD_FORMATS)
+        _require_one_of("device", self.device, DEVICES)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed is {self.seed!r}; give an integer")
+
+    def check_against(self, model: ModelConfig) -> None:
+        """Raise ConfigError where this model cannot be served so."""
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        size = self.tensor_parallel_size
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0 and divides_kv(kv_heads, n)]
+        remedy = f"use one of {', '.join(map(str, fitting))}"
+        if size > heads:
+            raise ConfigError(
+                f"tensor_parallel_size {size} is more than the model's {heads} attention heads, so some "
+                f"ranks would have none; {remedy}"
+            )
+        if heads % size:
+            raise ConfigError(
+                f"tensor_parallel_size {size} does not divide the model's {heads} attention heads; {remedy}"
+            )
+        if not divides_kv(kv_heads, size):
+            raise ConfigError(
+                f"tensor_parallel_size {size} and the model's {kv_heads} key-value heads do not divide "
+                f"each other, so heads can be neither split nor replicated evenly; {remedy}"
+            )
+        if self.max_model_len is not None:
+            _require_count("max_model_len", self.max_model_len)
+            if self.max_model_len > model.max_position_embeddings:
+                raise ConfigError(
+                    f"max_model_len {self.max_model_len} is above the model's max_position_embeddings "
+                    f"{model.max_position_embeddings}; lower it, or leave it out"
+                )
+
+    def resolved_max_model_len(self, model: ModelConfig) -> int:
+        return self.max_model_len or model.max_position_embeddings
+
+    def resolved_dtype(self, model: ModelConfig) -> str:
+        return model.dtype if self.dtype == "auto" else self.dtype
+
+    def num_cache_tokens(self, model: ModelConfig) -> int:
+        """How many tokens' keys and values one rank keeps: what the memory holds, if it can be used."""
+        bytes_per_value = 4 if self.resolved_dtype(model) == "float32" else 2
+        kv_heads = max(1, model.num_key_value_heads // self.tensor_parallel_size)
+        per_token = 2 * model.num_hidden_layers * kv_heads * model.head_dim * bytes_per_value
+        useful = self.max_num_seqs * self.resolved_max_model_len(model)
+        return max(1, min(useful, self.kv_cache_memory_bytes // per_token))
+
+
+def divides_kv(num_kv_heads: int, tensor_parallel_size: int) -> bool:
+    """Whether key-value heads can be split evenly over the ranks, or replicated evenly onto them."""
+    return num_kv_heads % tensor_parallel_size == 0 or tensor_parallel_size % num_kv_heads == 0
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; give an integer of at least 1")
+
+
+def _require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How partial sums meet: one verb, and what stands behind it.
+
+The protocol is all that a layer knows, so a backend is swapped by a word in the options.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class AllReduce(Protocol):
+    """Sums a tensor over the ranks of the tensor-parallel group."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, of `x`'s shape and dtype, the same bits on every rank.
+
+        May overwrite `x` and return it. Collective: every rank calls it in the same order with the
+        same shape. Raises when a peer is gone; the partial sum is then never returned.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What runs, and how often it has run on this rank: for reports and tests."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NoAllReduce:
+    """One rank: the sum is the value itself."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "none"}
+
+    def close(self) -> None:
+        pass
+
+
+class TorchAllReduce:
+    """`torch.distributed.all_reduce`: gloo on CPU, NCCL on CUDA. The peer that nvrar is measured by."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self._num_calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._num_calls += 1
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": "torch", "calls": self._num_calls}
+
+    def close(self) -> None:
+        pass
+
+
+class NvrarAllReduce:
+    """`nvrar.Communicator`, in place."""
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, nodes: tuple[int, int] | None, plan: str
+    ) -> None:
+        import nvrar  # here, not above: one rank, or the torch backend, never needs it
+
+        topology = None  # nvrar detects it from the launcher's variables or the host names
+        if nodes is not None:
+            topology = nvrar.Topology(num_nodes=nodes[0], ranks_per_node=nodes[1])
+        self._communicator = nvrar.Communicator(group=group, topology=topology, plan=plan)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._communicator.all_reduce(x, out=x)
+
+    def describe(self) -> dict[str, Any]:
+        stats = self._communicator.stats
+        return {"backend": "nvrar", "calls": stats.calls, "fallbacks": dict(stats.fallbacks)}
+
+    def close(self) -> None:
+        self._communicator.close()
+
+
+def make_all_reduce(
+    name: str,
+    *,
+    group: dist.ProcessGroup | None,
+    nodes: tuple[int, int] | None,
+    plan: str,
+) -> AllReduce:
+    """The backend called `name` over `group`. Collective. `nodes` is (num_nodes, ranks_per_node)."""
+    if name == "torch":
+        return TorchAllReduce(group)
+    return NvrarAllReduce(group, nodes, plan)
+
+
+def backend_for(device: torch.device) -> str:
+    """The torch.distributed backend that carries this device's tensors."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+# Ranks wait for each other while one still reads its weights, so this bounds a hang, not a delay.
+GROUP_TIMEOUT = timedelta(minutes=5)
