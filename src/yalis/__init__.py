@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small inference engine with swappable collectives: prompt, sequence, batch, model over ranks, token, text."""
+"""A small inference engine with swappable collectives: prompt, batch, model over ranks, token, text."""
 
 from yalis.core import RequestOutput, SamplingParams
 from yalis.errors import CheckpointError, ConfigError, RequestError, WorkerError, YalisError

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shape the model has: config.json and generation_config.json as one immutable value, both dialects read.
+"""What shape the model has: config.json and generation_config.json as one immutable value.
 
-transformers 5 writes `rope_parameters` and `dtype` where earlier versions wrote `rope_theta` with `rope_scaling`
-and `torch_dtype`; checkpoints of both kinds are about.
+Two dialects are about: transformers 5 writes `rope_parameters` and `dtype` where earlier versions wrote
+`rope_theta` with `rope_scaling`, and `torch_dtype`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError naming the file when there is none or it is damaged."""
+    """The object in a JSON file. Raises CheckpointError naming the file when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -61,11 +61,12 @@ class Runner:
             for num_new, num_cached in zip(batch.num_new, batch.num_cached, strict=True)
             for position in range(num_cached, num_cached + num_new)
         ]
-        return self.model(
+        hidden: Tensor = self.model(
             torch.tensor(batch.token_ids, device=self._device),
             torch.tensor(positions, device=self._device),
             self.attention.prepare(batch),
         )
+        return hidden
 
     def describe_all_reduce(self) -> dict[str, Any]:
         return self._tp.all_reduce.describe()

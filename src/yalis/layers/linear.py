@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,8 +49,10 @@ class ColumnLinear(nn.Module):
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         parent = path.rpartition(".")[0]  # the pieces are its siblings there
-        weights = self.weight.split(self.sizes)
-        biases = self.bias.split(self.sizes) if self.bias is not None else [None] * len(weights)
+        weights = torch.split(self.weight, self.sizes)
+        biases = (
+            torch.split(self.bias, self.sizes) if self.bias is not None else [None] * len(weights)
+        )
         for piece, weight, bias in zip(self._pieces, weights, biases, strict=True):
             rows = slice(piece.rows.start, piece.rows.stop)
             shape = (piece.num_rows, self._in_features)

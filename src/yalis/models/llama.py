@@ -44,7 +44,8 @@ class LlamaAttention(nn.Module):
         heads = self.qkv_proj(x).view(num_tokens, -1, self._head_dim)
         q, k, v = heads.split([size // self._head_dim for size in self.qkv_proj.sizes], dim=1)
         out = attend(self._layer_idx, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.view(num_tokens, -1))
+        y: Tensor = self.o_proj(out.view(num_tokens, -1))
+        return y
 
 
 class LlamaMLP(nn.Module):
@@ -58,7 +59,8 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        y: Tensor = self.down_proj(F.silu(gate) * up)
+        return y
 
 
 class LlamaLayer(nn.Module):
@@ -72,7 +74,8 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttentionStep) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + y
 
 
 class LlamaModel(nn.Module):
@@ -90,7 +93,8 @@ class LlamaModel(nn.Module):
         cos, sin = self._rotary(positions, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, attend)
-        return self.norm(x)
+        y: Tensor = self.norm(x)
+        return y
 
 
 class LlamaForCausalLM(nn.Module):
@@ -106,10 +110,12 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head.tie(self.model.embed_tokens)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: AttentionStep) -> Tensor:
-        return self.model(token_ids, positions, attend)
+        hidden: Tensor = self.model(token_ids, positions, attend)
+        return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
-        return self.lm_head(hidden)
+        logits: Tensor | None = self.lm_head(hidden)
+        return logits
 
 
 def _head_rows(heads: range, head_dim: int) -> range:

@@ -6,10 +6,8 @@ The protocol is all that a layer knows, so a backend is swapped by a word in the
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -99,12 +97,3 @@ def make_all_reduce(
     if name == "torch":
         return TorchAllReduce(group)
     return NvrarAllReduce(group, nodes, plan)
-
-
-def backend_for(device: torch.device) -> str:
-    """The torch.distributed backend that carries this device's tensors."""
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
-# Ranks wait for each other while one still reads its weights, so this bounds a hang, not a delay.
-GROUP_TIMEOUT = timedelta(minutes=5)

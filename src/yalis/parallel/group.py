@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
-from yalis.parallel.all_reduce import AllReduce, NoAllReduce
+from yalis.parallel.all_reduce import AllReduce, NoAllReduce, make_all_reduce
+
+# Ranks wait for each other while one still reads its weights: this bounds a hang, not a delay.
+_GROUP_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,14 @@ class TensorParallel:
     def single(cls) -> TensorParallel:
         return cls(0, 1, NoAllReduce())
 
+    @classmethod
+    def over(
+        cls, group: dist.ProcessGroup, all_reduce: str, plan: str, nodes: tuple[int, int] | None
+    ) -> TensorParallel:
+        """This process's place in `group`. Collective. See `make_all_reduce` for the rest."""
+        made = make_all_reduce(all_reduce, group=group, nodes=nodes, plan=plan)
+        return cls(group.rank(), group.size(), made, group)
+
     def gather(self, x: Tensor) -> Tensor | None:
         """The ranks' `x` side by side along the last dimension, on rank 0; None elsewhere. Collective."""
         if self.size == 1:
@@ -32,6 +45,33 @@ class TensorParallel:
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x, parts, group=self.group, group_dst=0)
         return torch.cat(parts, dim=-1) if parts is not None else None
+
+
+def open_store(host: str, port: int, *, is_host: bool) -> Store:
+    """The place where ranks first meet. One process hosts it, and port 0 lets it choose a free one."""
+    return TCPStore(host, port, is_master=is_host, wait_for_workers=False, timeout=_GROUP_TIMEOUT)
+
+
+def join_default_group(
+    store: Store | None, rank: int, world_size: int, device: torch.device
+) -> dist.ProcessGroup:
+    """torch's default group with the backend that carries `device`'s tensors. Collective.
+
+    Without a store the ranks meet where the launcher's variables say.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=_GROUP_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    group = dist.group.WORLD
+    assert group is not None  # it was made just above
+    return group
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Checkpoint:
         self.check(name, shape)
         path = self._folder / self._file_of[name]
         try:
-            return self._files[self._file_of[name]].get_slice(name)[region]
+            tensor: Tensor = self._files[self._file_of[name]].get_slice(name)[region]
+            return tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from None
 

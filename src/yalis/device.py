@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device a rank works on."""
+
+from __future__ import annotations
+
+import torch
+
+from yalis.errors import ConfigError
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of the rank that is `local_rank`-th on its host. "auto" is CUDA where there is one."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    require_gpus(local_rank + 1)
+    return torch.device("cuda", local_rank)
+
+
+def require_gpus(num_local_ranks: int) -> None:
+    """Raise ConfigError when this host has fewer GPUs than ranks."""
+    count = torch.cuda.device_count()
+    if count < num_local_ranks:
+        raise ConfigError(
+            f"{num_local_ranks} ranks on this host need a GPU each, and it has {count}; lower "
+            'tensor_parallel_size or set device="cpu"'
+        )

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a group that torchrun or srun started: every rank runs the same script and the same engine.
+
+Their schedulers are equal because their inputs are: the requests, which they compare before they begin,
+and the tokens, which rank 0 draws and tells the others.
+"""
+
+from __future__ import annotations
+
+import atexit
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from yalis.config import ModelConfig
+from yalis.core import Batch
+from yalis.device import pick_device
+from yalis.errors import RequestError
+from yalis.options import EngineOptions
+from yalis.parallel.group import TensorParallel, join_default_group, open_store
+from yalis.parallel.launcher import Place
+from yalis.runner import Runner
+from yalis.weights.loader import Progress
+
+
+class JoinedExecutor:
+    """Every method is collective over the launcher's ranks. Joins torch's default group, or makes it."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        config: ModelConfig,
+        place: Place | None,
+        on_progress: Progress | None,
+    ) -> None:
+        self._device = pick_device(options.device, place.local_rank if place else dist.get_rank())
+        if not dist.is_initialized():
+            assert place is not None  # somebody started this group
+            # torchrun's agent hosts a store already; under srun, rank 0 does.
+            store = None
+            if not dist.is_torchelastic_launched():
+                store = open_store(place.host, place.port, is_host=place.rank == 0)
+            join_default_group(store, place.rank, place.world_size, self._device)
+            # The group is the launcher's, not this engine's: another may follow in this process.
+            atexit.register(_leave_default_group)
+        # A group of our own, so that nobody else's collectives come between ours.
+        self._group = dist.new_group(list(range(dist.get_world_size())))
+        num_nodes = options.num_nodes
+        # One node is the default and says nothing: nvrar then looks where the ranks really are.
+        nodes = (num_nodes, self._group.size() // num_nodes) if num_nodes > 1 else None
+        tp = TensorParallel.over(self._group, options.all_reduce, options.all_reduce_plan, nodes)
+        self._runner = Runner(options, config, tp, self._device, on_progress)
+        dist.barrier(self._group)  # the first all-reduce has a short timeout; loading has none
+
+    def execute(self, batch: Batch) -> list[int]:
+        token_ids = self._runner.execute(batch) or [0] * len(batch.draws)
+        shared = torch.tensor(token_ids, device=self._device)
+        dist.broadcast(shared, group=self._group, group_src=0)
+        return shared.tolist()
+
+    def agree(self, digest: bytes) -> None:
+        digests: list[bytes | None] = [None] * self._group.size()
+        dist.all_gather_object(digests, digest, group=self._group)
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            raise RequestError(
+                f"ranks {others} were given other prompts or sampling_params than rank 0; every rank of "
+                "a launched group runs the same generate"
+            )
+
+    def describe_all_reduce(self) -> dict[str, Any]:
+        return self._runner.describe_all_reduce()
+
+    def close(self) -> None:
+        self._runner.close()
+        dist.destroy_process_group(self._group)
+
+
+def _leave_default_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
