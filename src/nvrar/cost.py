@@ -7,14 +7,18 @@ inflation eta (bytes on the wire for each byte of data; flags travel inside the 
     split      2 (a + (k-1) (g + eta m / (k b)))
 
 with g the time to hand one message over (0 where stores go straight to the peer). Where a level's
-members sit both inside and outside the node, the two links work side by side and the slower one counts.
+members sit both inside and outside the node, the two links work side by side and the slower one counts,
+for the rank that has most to send on it.
 Pure. Units: microseconds, bytes, GB/s (1e9 bytes a second).
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from nvrar.errors import ArgumentError
 from nvrar.plan import Plan
@@ -52,6 +56,42 @@ class Machine:
     node_local: Link
     cross_node: Link
     source: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Machine:
+        """The machine of that name, or the one that a JSON object describes: the fields of this class,
+        ``{"cross_node": {"latency_us": 300, "bandwidth_gbps": 0.01}, "node_local": {...}}``.
+
+        Raises:
+            ArgumentError: an unknown name; text that is no JSON; a field missing, unknown or of another type.
+        """
+        if not text.lstrip().startswith("{"):
+            return machine_named(text)
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ArgumentError(f"the machine's description is not JSON: {error}") from error
+        unknown = fields.keys() - {"name", "node_local", "cross_node", "source"}
+        if unknown:
+            raise ArgumentError(
+                f"the machine has a field {min(unknown)!r}; "
+                "its fields are name, node_local, cross_node and source"
+            )
+        near, far = (_link(name, fields.get(name)) for name in ("node_local", "cross_node"))
+        return cls(str(fields.get("name", "described")), near, far, str(fields.get("source", "")))
+
+
+def _link(name: str, fields: Any) -> Link:
+    try:
+        numbers = {key: float(value) for key, value in fields.items()}
+        return Link(**numbers)
+    except ArgumentError:  # Link says itself what is wrong with a number
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{name} of the machine is {fields!r}; it must be an object with the numbers latency_us and "
+            "bandwidth_gbps, and if need be inflation and message_us"
+        ) from error
 
 
 MACHINES = {
@@ -113,19 +153,20 @@ def level_costs(
     """The cost of every level of ``plan`` for a message of ``num_bytes``."""
     costs = []
     block = float(num_bytes)
-    for i, level in enumerate(plan.levels):
-        remote = _most_remote_peers(plan, topology, i)
-        local = level.radix - 1 if remote == 0 else level.radix - 1 - remote
+    for level, stride in zip(plan.levels, plan.strides(), strict=True):
+        fewest, most = _remote_peers(
+            stride, level.radix, topology.num_nodes, topology.ranks_per_node
+        )
         rounds, part = (2, block / level.radix) if level.mode == "split" else (1, block)
-        near = machine.node_local.time_us(local, part)
-        far = machine.cross_node.time_us(remote, part)
+        near = machine.node_local.time_us(level.radix - 1 - fewest, part)
+        far = machine.cross_node.time_us(most, part)
         costs.append(
             LevelCost(
                 str(level),
-                "cross-node" if far >= near else "node-local",
+                "cross-node" if most and far >= near else "node-local",
                 block,
                 rounds * max(near, far),
-                rounds * remote * part * machine.cross_node.inflation,
+                rounds * most * part * machine.cross_node.inflation,
             )
         )
         if level.mode == "split":
@@ -139,11 +180,14 @@ def time_us(plan: Plan, topology: Topology, num_bytes: float, machine: Machine) 
 
 
 @lru_cache(maxsize=4096)
-def _most_remote_peers(plan: Plan, topology: Topology, level: int) -> int:
-    """Peers on other nodes, for the rank that has most of them."""
-    return max(
-        sum(
-            topology.node_of(p) != topology.node_of(position) for p in plan.members(position, level)
-        )
-        for position in range(topology.world_size)
-    )
+def _remote_peers(stride: int, radix: int, num_nodes: int, ranks_per_node: int) -> tuple[int, int]:
+    """The fewest and the most peers on other nodes that a rank has at a level of ``radix`` members,
+    ``stride`` apart. By numbers alone, so that the thousands of plans of a topology share the answers."""
+    if stride % ranks_per_node == 0:
+        return radix - 1, radix - 1
+    together: list[int] = []  # for every rank, itself included: the members of its group on its node
+    for first in range(num_nodes * ranks_per_node):
+        if first // stride % radix == 0:
+            nodes = Counter((first + j * stride) // ranks_per_node for j in range(radix))
+            together += nodes.values()
+    return radix - max(together), radix - min(together)
