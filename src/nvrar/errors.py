@@ -27,6 +27,10 @@ class DisagreementError(NvrarError):
     """Ranks called the same collective with different arguments, or one of them refused its own."""
 
 
+class WrongResultError(NvrarError):
+    """A result that is not the reduction of the inputs, or not the same on all ranks."""
+
+
 class PeerTimeout(NvrarError, TimeoutError):
     """A peer died, came too late, or never came. The communicator is broken from here on.
 

@@ -27,7 +27,7 @@ DTYPES = frozenset(
     {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64}
 )
 OPS = ("sum", "avg", "max", "min")
-_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 _schedule = lru_cache(maxsize=256)(Plan.schedule)
 
@@ -46,7 +46,7 @@ def reduce_in_order(contributions: list[Tensor], op: str, divisor: int = 1) -> T
     16-bit types accumulate in fp32 and are rounded once, at the end. ``divisor`` divides before that.
     """
     first, *rest = contributions
-    total = first.to(_WIDE.get(first.dtype, first.dtype), copy=True)
+    total = first.to(WIDE.get(first.dtype, first.dtype), copy=True)
     for other in rest:
         if op == "max":
             torch.maximum(total, other.to(total.dtype), out=total)
