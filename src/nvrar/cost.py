@@ -19,7 +19,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from typing import Any
 
 from nvrar.errors import ArgumentError
 from nvrar.plan import Plan
