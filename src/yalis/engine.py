@@ -44,11 +44,17 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_model_len, self._seed = max_model_len, seed
         self._num_requests = 0
+        self.num_drawn_tokens = 0
         self._detokenizers: dict[int, Detokenizer] = {}
 
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work
+
+    @property
+    def num_tokens_to_draw(self) -> int:
+        """How many more tokens the requests under way can ask for; they may stop earlier."""
+        return self._scheduler.num_tokens_to_draw
 
     def add(self, prompt: str | None, token_ids: tuple[int, ...], params: SamplingParams) -> int:
         """Queue a checked prompt; returns the request's number, by which its output is known."""
@@ -76,6 +82,7 @@ class Engine:
 
     def _append(self, sequence: Sequence, token_id: int) -> None:
         sequence.output_token_ids.append(token_id)
+        self.num_drawn_tokens += 1
         is_eos = token_id in self._eos_token_ids and not sequence.params.ignore_eos
         if self._append_text(sequence, token_id) or is_eos:
             sequence.finish_reason = "stop"

@@ -106,6 +106,7 @@ class LLM:
 
         A prompt is a text or a list of token ids; `sampling_params` is one for all or one for each.
         Every prompt is checked before any is begun: RequestError names the one that cannot be served.
+        `on_progress` counts drawn tokens, of the most that max_tokens allows.
         Collective under a launcher: every rank passes the same arguments.
         """
         if self._is_closed:
@@ -120,10 +121,11 @@ class LLM:
         outputs: dict[int, RequestOutput] = {}
         try:
             ids = [self.engine.add(*prompt, p) for prompt, p in zip(checked, params, strict=True)]
+            first, most = self.engine.num_drawn_tokens, self.engine.num_tokens_to_draw
             while self.engine.has_work:
                 outputs |= self.engine.step()
                 if on_progress:
-                    on_progress("generating", len(outputs), len(ids))
+                    on_progress("generating tokens", self.engine.num_drawn_tokens - first, most)
         except BaseException:
             self.engine.drop_all()
             raise

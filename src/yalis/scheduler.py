@@ -29,6 +29,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_tokens_to_draw(self) -> int:
+        return sum(seq.max_len - len(seq) for seq in (*self._waiting, *self._running))
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises RequestError when it could never fit the cache, even alone."""
         if sequence.max_len > self._num_cache_tokens:

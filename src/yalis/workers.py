@@ -73,6 +73,8 @@ class WorkerGroup:
                 theirs.close()
         self._connections = [Connection(ours.detach()) for ours, _ in pairs]
         self._failure: WorkerError | None = None
+        if on_progress:
+            on_progress("starting workers", 0, num_ranks)
         self._send(Start(options, config))
         self._receive(set(range(num_ranks)), Ready, on_progress)
 

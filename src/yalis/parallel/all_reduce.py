@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+import nvrar
+
 
 class AllReduce(Protocol):
     """Sums a tensor over the ranks of the tensor-parallel group."""
@@ -68,8 +70,6 @@ class NvrarAllReduce:
     def __init__(
         self, group: dist.ProcessGroup | None, nodes: tuple[int, int] | None, plan: str
     ) -> None:
-        import nvrar  # here, not above: one rank, or the torch backend, never needs it
-
         topology = None  # nvrar detects it from the launcher's variables or the host names
         if nodes is not None:
             topology = nvrar.Topology(num_nodes=nodes[0], ranks_per_node=nodes[1])

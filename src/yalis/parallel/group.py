@@ -47,7 +47,7 @@ class TensorParallel:
         return torch.cat(parts, dim=-1) if parts is not None else None
 
 
-def open_store(host: str, port: int, *, is_host: bool) -> Store:
+def open_store(host: str, port: int, *, is_host: bool) -> TCPStore:
     """The place where ranks first meet. One process hosts it, and port 0 lets it choose a free one."""
     return TCPStore(host, port, is_master=is_host, wait_for_workers=False, timeout=_GROUP_TIMEOUT)
 

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `yalis`: generate text, or make a small checkpoint to try it with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from nvrar import NvrarError
+from yalis.core import RequestOutput, SamplingParams
+from yalis.errors import ConfigError, YalisError
+from yalis.llm import LLM
+from yalis.options import ALL_REDUCES, DEVICES, LOAD_FORMATS
+from yalis.parallel.launcher import detect
+from yalis.progress import TerminalProgress
+from yalis.testing import make_checkpoint
+
+_MISUSE = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status. What goes wrong is one line on standard error."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
+    try:
+        args.run(args)
+    except (YalisError, NvrarError, OSError) as error:
+        if args.verbose:
+            traceback.print_exc()
+        else:
+            print(f"yalis: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return _MISUSE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> None:
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+    place = detect(os.environ)
+    is_first = place is None or place.rank == 0
+    size = args.tensor_parallel_size or (place.world_size if place else 1)
+    with TerminalProgress(is_shown=is_first) as progress:
+        llm = LLM(
+            args.model,
+            tensor_parallel_size=size,
+            num_nodes=args.num_nodes,
+            all_reduce=args.all_reduce,
+            all_reduce_plan=args.all_reduce_plan,
+            dtype=args.dtype,
+            load_format=args.load_format,
+            device=args.device,
+            max_model_len=args.max_model_len,
+            seed=args.seed,
+            on_progress=progress,
+        )
+        with llm:
+            outputs = llm.generate(args.prompt, params, on_progress=progress)
+            logging.getLogger("yalis").info("all-reduce: %s", llm.describe_all_reduce())
+    if is_first:
+        _show(outputs, as_json=args.json)
+
+
+def _show(outputs: Sequence[RequestOutput], *, as_json: bool) -> None:
+    for output in outputs:
+        if as_json:
+            print(json.dumps(asdict(output)))
+        else:
+            print(_printable(f"{output.prompt}{output.text}"))
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: a model must not steer the user's terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _make_checkpoint(args: argparse.Namespace) -> None:
+    folder = Path(args.path)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; remove it, or choose another path")
+    make_checkpoint(
+        folder,
+        num_shards=args.shards,
+        seed=args.seed,
+        dtype=args.dtype,
+        num_hidden_layers=args.layers,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size or args.hidden_size * 11 // 4,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
+        vocab_size=args.vocab,
+        max_position_embeddings=args.max_positions,
+        tie_word_embeddings=args.tie,
+    )
+    print(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="yalis", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--verbose", action="store_true", help="log, and show errors in full")
+
+    text = "continue prompts with a model"
+    generate = commands.add_parser("generate", parents=[common], help=text, description=text)
+    generate.set_defaults(run=_generate)
+    add = generate.add_argument
+    add("model", help="folder of a checkpoint in the Hugging Face layout")
+    add("--prompt", action="append", required=True, help="text to continue; may be given again")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks (default: the launcher's, or 1)",
+    )
+    add(
+        "--num-nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over"
+    )
+    add("--all-reduce", choices=ALL_REDUCES, default="nvrar")
+    add("--all-reduce-plan", default="auto", metavar="WORD", help='e.g. "split:2 exchange:2"')
+    add("--max-tokens", type=int, default=64, metavar="N")
+    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest that sum to P",
+    )
+    add("--seed", type=int, default=0, help="of the draws, and of dummy weights")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before it; may be given again",
+    )
+    add("--ignore-eos", action="store_true", help="go on after the model's end token")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights")
+    add("--device", choices=DEVICES, default="auto")
+    add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
+    add("--json", action="store_true", help="one JSON object a line instead of text")
+
+    text = "write a small checkpoint of random weights"
+    make = commands.add_parser("make-checkpoint", parents=[common], help=text, description=text)
+    make.set_defaults(run=_make_checkpoint)
+    add = make.add_argument
+    add("path", help="folder to write; it must be empty or missing")
+    add("--layers", type=int, default=4, metavar="N")
+    add("--hidden-size", type=int, default=128, metavar="N")
+    add("--intermediate-size", type=int, metavar="N", help="default: 2.75 times the hidden size")
+    add("--heads", type=int, default=8, metavar="N")
+    add("--kv-heads", type=int, metavar="N", help="default: as many as heads")
+    add("--vocab", type=int, default=512, metavar="N")
+    add("--max-positions", type=int, default=2048, metavar="N")
+    add("--tie", action="store_true", help="share the embedding with the output head")
+    add("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add("--shards", type=int, default=2, metavar="N", help="safetensors files")
+    add("--seed", type=int, default=0)
+    return parser
