@@ -111,7 +111,8 @@ class Sequence:
     )  # where its keys and values begin in the cache; set by the scheduler on admission
     num_cached: int = 0  # tokens whose keys and values are in the cache; advanced by the scheduler
     output_token_ids: list[int] = field(default_factory=list)
-    text: str = ""  # kept by the engine
+    text: str = ""  # grown by the engine while there are stop strings to look for
+    stopped_text: str | None = None  # the text before the stop string that came up
     finish_reason: FinishReason | None = None
 
     def __len__(self) -> int:

@@ -63,7 +63,7 @@ class Engine:
         max_len = min(len(token_ids) + params.max_tokens, self._max_model_len)
         self._scheduler.add(Sequence(request_id, prompt, token_ids, params, seed, max_len))
         self._num_requests += 1
-        if self._tokenizer:
+        if self._tokenizer and params.stop_strings:
             self._detokenizers[request_id] = Detokenizer(self._tokenizer, token_ids)
         return request_id
 
@@ -90,7 +90,7 @@ class Engine:
             sequence.finish_reason = "length"
 
     def _append_text(self, sequence: Sequence, token_id: int) -> bool:
-        """Grow the text; True, with the text cut, when a stop string has come up in it."""
+        """Look for stop strings while the text grows; True, with the text cut, when one has come up."""
         detokenizer = self._detokenizers.get(sequence.request_id)
         if detokenizer is None:
             return False
@@ -103,18 +103,21 @@ class Engine:
             if found >= 0:
                 hits.append(found)
         if hits:
-            sequence.text = sequence.text[: min(hits)]
-            del self._detokenizers[sequence.request_id]
+            sequence.stopped_text = sequence.text[: min(hits)]
         return bool(hits)
 
     def _output(self, sequence: Sequence) -> RequestOutput:
-        detokenizer = self._detokenizers.pop(sequence.request_id, None)
+        self._detokenizers.pop(sequence.request_id, None)
+        text = sequence.stopped_text
+        if text is None and self._tokenizer:
+            ids = sequence.prompt_token_ids, sequence.output_token_ids
+            text = self._tokenizer.decode_after(*ids)
         reason: FinishReason | None = sequence.finish_reason
         assert reason is not None  # the scheduler returns only the finished
         return RequestOutput(
             prompt=sequence.prompt,
             prompt_token_ids=sequence.prompt_token_ids,
-            text=sequence.text + (detokenizer.finish() if detokenizer else ""),
+            text=text or "",
             token_ids=tuple(sequence.output_token_ids),
             finish_reason=reason,
         )

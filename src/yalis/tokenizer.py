@@ -38,12 +38,20 @@ class Tokenizer:
         """The text of some tokens, special tokens left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def decode_after(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
+        """The text that `token_ids` add to a prompt, with the space that a decoder drops at a start."""
+        context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
+        before, whole = self.decode(context), self.decode([*context, *token_ids])
+        # Broken bytes in the output can change how the prompt's last bytes read; then it stands alone.
+        return whole[len(before) :] if whole.startswith(before) else self.decode(token_ids)
+
 
 class Detokenizer:
-    """The text of a growing list of tokens, each token decoded a bounded number of times.
+    """The text of a growing list of tokens while it grows, each token decoded a bounded number of times.
 
     A token's text depends on its neighbours (a character may span tokens, a leading space is dropped at
-    a text's start), so each piece is what a short window gains by the token.
+    a text's start), so each piece is what a short window gains by the token. The pieces join to what
+    `decode_after` says, but for bytes that form no character: those are only certain at the end.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
@@ -54,17 +62,10 @@ class Detokenizer:
     def append(self, token_id: int) -> str:
         """The text that has become certain with this token; often "" in the middle of a character."""
         self._window.append(token_id)
-        return self._advance(is_last=False)
-
-    def finish(self) -> str:
-        """What was held back: the replacement sign of a character that never became whole."""
-        return self._advance(is_last=True)
-
-    def _advance(self, *, is_last: bool) -> str:
         shown = self._tokenizer.decode(self._window[: self._num_shown])
         whole = self._tokenizer.decode(self._window)
-        is_last |= len(self._window) - self._num_shown > _MAX_HELD_BACK
-        if not is_last and (len(whole) <= len(shown) or whole.endswith(_REPLACEMENT)):
+        is_certain = len(whole) > len(shown) and not whole.endswith(_REPLACEMENT)
+        if not is_certain and len(self._window) - self._num_shown <= _MAX_HELD_BACK:
             return ""
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
