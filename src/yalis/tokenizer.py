@@ -26,6 +26,9 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception, whatever is wrong
             raise CheckpointError(f"{path} cannot be read ({error}); fetch it again") from None
+        # Settings of a training run that some checkpoints carry along: they would cut or fill prompts.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     @staticmethod
     def exists(folder: str | Path) -> bool:

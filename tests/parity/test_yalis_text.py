@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from yalis import LLM, SamplingParams
 from yalis.testing import make_checkpoint
+from yalis.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.parity
 
@@ -83,6 +84,27 @@ def test_a_tokenizer_without_bos_gets_none(tmp_path: Path) -> None:
         AutoTokenizer.from_pretrained(tmp_path)("Once").input_ids
     )
     assert output.prompt_token_ids[0] != 0
+
+
+@pytest.mark.parametrize("switch", ["add_bos_token", "add_eos_token"])
+def test_tokenizer_json_has_the_last_word_on_special_tokens(switch: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    for value in (True, False):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {switch: value}))
+        want = tuple(AutoTokenizer.from_pretrained(tmp_path)("Once").input_ids)
+        assert Tokenizer(tmp_path).encode("Once") == list(want)
+
+
+def test_truncation_and_padding_left_in_tokenizer_json_do_nothing(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in ("x", "Once upon a time there was a small engine"):
+        assert Tokenizer(tmp_path).encode(prompt) == theirs(prompt).input_ids
 
 
 def test_sentencepiece_text_keeps_the_space_between_prompt_and_continuation(tmp_path: Path) -> None:
