@@ -85,7 +85,7 @@ def verify(
         PeerTimeout: a rank did not come within ``timeout_s``.
     """
     inputs = random_inputs(group.size(), num_elements, dtype, seed=num_elements)
-    x = inputs[group.rank()].to(device)
+    x = inputs[group.rank()].to(device, copy=True)
     plan = all_reduce(x)
     result = x.cpu()
     digest = hashlib.sha256(result.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""The commands of ``nvrar``: each adds its arguments to the parser and runs on what comes back."""

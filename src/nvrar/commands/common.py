@@ -1,0 +1,75 @@
+"""What several commands share: the layout of the ranks and the machine, as arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from nvrar.cost import MACHINES, Machine
+from nvrar.errors import ArgumentError, NvrarError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Subparsers = Any
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_layout(parser: argparse.ArgumentParser, purpose: str) -> None:
+    group = parser.add_argument_group("the ranks", purpose)
+    group.add_argument("--nodes", type=count, metavar="N")
+    group.add_argument("--ranks-per-node", type=count, metavar="G")
+    group.add_argument(
+        "--machine",
+        default="gloo",
+        help=f"what 'auto' optimises for: {', '.join(MACHINES)}, a JSON object such as "
+        '\'{"node_local": {"latency_us": 60, "bandwidth_gbps": 1.2}, "cross_node": {...}}\', '
+        "or a file that holds one (default: %(default)s)",
+    )
+
+
+def machine_from(text: str) -> Machine:
+    """The machine of that name, or described by that JSON object, or by the file of that path.
+
+    Raises:
+        ArgumentError: none of the three, or a description that does not read.
+    """
+    if text in MACHINES or text.lstrip().startswith("{"):
+        return Machine.parse(text)
+    try:
+        described = Path(text).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(
+            f"machine {text!r} is neither a name ({', '.join(MACHINES)}) nor a JSON object nor a file "
+            f"that can be read ({error})"
+        ) from error
+    if not described.lstrip().startswith("{"):
+        raise ArgumentError(f"{text} does not hold a JSON object that describes a machine")
+    return Machine.parse(described)
+
+
+def exit_code(error: NvrarError) -> int:
+    """2 for arguments that cannot work, 1 for a run that failed."""
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def complain(error: NvrarError) -> int:
+    """Says on stderr, in one line, what went wrong; the exit code for it."""
+    print(f"nvrar: {error}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def print_json(value: Any, console: Console) -> None:
+    """Plain, so that a program can read it: no wrapping, no markup."""
+    console.print(json.dumps(value, indent=2), soft_wrap=True, markup=False, highlight=False)

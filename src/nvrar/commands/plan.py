@@ -1,0 +1,85 @@
+"""``nvrar plan``: the plans for a topology and a size by predicted time, and one of them drawn."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nvrar.commands.common import Subparsers, add_layout, count, machine_from, print_json
+from nvrar.cost import level_costs
+from nvrar.draw import draw, names_of
+from nvrar.plan import PLAN_NAMES, Plan
+from nvrar.topology import Topology
+from nvrar.tune import choose, ranking
+from nvrar.units import format_size, format_time, parse_size
+
+
+def add(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("plan", help="the plans with predicted costs, and one drawn")
+    add_layout(parser, "default: 2 nodes of 4")
+    parser.add_argument(
+        "--bytes", default="256K", metavar="SIZE", help="the message, such as 4096, 256K or 2M"
+    )
+    parser.add_argument("--top", type=count, default=10, help="plans to list (%(default)s)")
+    parser.add_argument(
+        "--plan", help=f"the one to draw: {', '.join(PLAN_NAMES)}, or a word; default: the chosen"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    topology = Topology(options.nodes or 2, options.ranks_per_node or 4)
+    machine = machine_from(options.machine)
+    num_bytes = parse_size(options.bytes)
+    chosen = choose(topology, num_bytes, machine)
+    drawn = Plan.resolve(options.plan, topology) if options.plan else chosen
+    ranked = ranking(topology, num_bytes, machine)
+    rows: list[dict[str, Any]] = [
+        {
+            "plan": str(plan),
+            "names": names_of(plan, topology),
+            "predicted_us": round(predicted_us, 3),
+            "steps": plan.num_steps,
+            "cross_node_bytes": sum(
+                cost.cross_node_bytes for cost in level_costs(plan, topology, num_bytes, machine)
+            ),
+        }
+        for plan, predicted_us in ranked[: options.top]
+    ]
+    if options.json:
+        print_json(
+            {
+                "topology": str(topology),
+                "num_bytes": num_bytes,
+                "machine": machine.name,
+                "chosen": str(chosen),
+                "num_plans": len(ranked),
+                "plans": rows,
+            },
+            console,
+        )
+        return 0
+    table = Table(
+        title=f"{len(rows)} of {len(ranked)} plans for {format_size(num_bytes)} on {topology} ranks",
+        caption=f"predicted for {machine.name}: {machine.source}" if machine.source else None,
+    )
+    table.add_column("plan")
+    table.add_column("name")
+    for heading in ("predicted", "steps", "cross-node bytes a rank"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["plan"],
+            ", ".join(row["names"]),
+            format_time(row["predicted_us"]),
+            str(row["steps"]),
+            format_size(row["cross_node_bytes"]),
+        )
+    console.print(table)
+    console.print(Text("\n" + draw(drawn, topology, num_bytes, machine)), soft_wrap=True)
+    return 0

@@ -1,0 +1,143 @@
+"""What a bench is asked for: its options, read and checked as far as one process can."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvrar.bench import Settings
+from nvrar.commands.common import count, machine_from
+from nvrar.contenders import BASELINE
+from nvrar.cost import Machine
+from nvrar.errors import ArgumentError
+from nvrar.host import DTYPES, OPS
+from nvrar.plan import PLAN_NAMES, Plan
+from nvrar.report import PICTURES
+from nvrar.topology import Topology
+from nvrar.units import parse_size
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_MOST_CONTENDERS = 7  # beside torch: as many as can be told apart in a picture
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    sizes = parser.add_argument_group("what")
+    sizes.add_argument("--sizes", default="1K,4K,16K,64K,256K,1M", help="default: %(default)s")
+    sizes.add_argument("--min", metavar="SIZE", help="with --max: all doublings from here")
+    sizes.add_argument("--max", metavar="SIZE")
+    sizes.add_argument(
+        "--plans",
+        default="auto,nvrar,one-shot,two-shot",
+        help=f"auto, {', '.join(PLAN_NAMES)} or words such as 'split:2 exchange:2'; torch is always "
+        "there (default: %(default)s)",
+    )
+    sizes.add_argument("--dtype", default="bfloat16", choices=sorted(_DTYPES))
+    sizes.add_argument("--op", default="sum", choices=OPS)
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    how.add_argument("--iterations", type=count, default=20, help="timed calls a round (20)")
+    how.add_argument("--rounds", type=count, default=4, help="rounds of all contenders (4)")
+    how.add_argument("--warmup", type=int, default=5, help="calls before the first round (5)")
+    how.add_argument("--max-bytes", metavar="SIZE", help="of the communicators; default: no limit")
+    how.add_argument("--executor", default="auto", choices=("auto", "host"))
+    how.add_argument("--timeout", type=float, default=60.0, help="seconds for any wait (60)")
+    out = parser.add_argument_group("where to")
+    out.add_argument("--out", metavar="DIR", help="bench.jsonl and bench.svg go there")
+    out.add_argument("--json", metavar="FILE", help="JSON lines, a row a contender and size")
+    out.add_argument("--plot", metavar="FILE", help=f"a picture: {', '.join(PICTURES)}")
+    out.add_argument("--predict", action="store_true", help="the cost model's times in the table")
+
+
+@dataclass(frozen=True)
+class Request:
+    """See :func:`add_options`."""
+
+    sizes: tuple[int, ...]
+    plans: tuple[str, ...]
+    settings: Settings
+    machine: Machine
+    max_bytes: int
+    directory: Path | None
+    rows_path: Path | None
+    picture_path: Path | None
+
+    @classmethod
+    def read(cls, options: argparse.Namespace) -> Request:
+        """Raises ArgumentError for the first option that cannot work."""
+        settings = Settings(
+            _DTYPES[options.dtype],
+            options.op,
+            options.device,
+            options.iterations,
+            options.rounds,
+            options.warmup,
+            options.timeout,
+        )
+        sizes = _sizes(options)
+        for size in sizes:
+            settings.num_elements(size)
+        named = (word.strip() for word in options.plans.split(","))
+        plans = tuple(dict.fromkeys(word for word in named if word and word != BASELINE))
+        if len(plans) > _MOST_CONTENDERS:
+            raise ArgumentError(
+                f"{len(plans)} plans; at most {_MOST_CONTENDERS} are compared in one run, so that their "
+                "turns stay close and a picture readable"
+            )
+        directory, rows_path, picture_path = _paths(options)
+        return cls(
+            sizes,
+            plans,
+            settings,
+            machine_from(options.machine),
+            parse_size(options.max_bytes) if options.max_bytes else max(sizes),
+            directory,
+            rows_path,
+            picture_path,
+        )
+
+    def check_plans(self, topology: Topology) -> None:
+        """Raises PlanError for a plan that does not fit."""
+        for word in self.plans:
+            if word != "auto":
+                Plan.resolve(word, topology)
+
+    def check_paths(self) -> str:
+        """Why a result could not be written; empty if it can be. Makes the directory of ``--out``."""
+        try:
+            if self.directory is not None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"--out {self.directory} cannot be made: {error.strerror}"
+        for path in (self.rows_path, self.picture_path):
+            if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+                return f"{path} cannot be written: {path.parent} is no directory that may be written to"
+        return ""
+
+
+def _sizes(options: argparse.Namespace) -> tuple[int, ...]:
+    if options.min is None and options.max is None:
+        words = [word for word in options.sizes.split(",") if word.strip()]
+        if not words:
+            raise ArgumentError(f"sizes are {options.sizes!r}; give at least one, such as 64K")
+        return tuple(dict.fromkeys(parse_size(word) for word in words))
+    if options.min is None or options.max is None:
+        raise ArgumentError("--min and --max go together, such as --min 1K --max 1M")
+    least, most = parse_size(options.min), parse_size(options.max)
+    if least > most:
+        raise ArgumentError(f"--min {options.min} is above --max {options.max}; swap them")
+    return tuple(least << i for i in range((most // least).bit_length()))
+
+
+def _paths(options: argparse.Namespace) -> tuple[Path | None, Path | None, Path | None]:
+    """The directory to make, and where the rows and the picture go."""
+    directory = Path(options.out) if options.out else None
+    rows_path = Path(options.json) if options.json else directory and directory / "bench.jsonl"
+    picture_path = Path(options.plot) if options.plot else directory and directory / "bench.svg"
+    if picture_path is not None and picture_path.suffix not in PICTURES:
+        raise ArgumentError(
+            f"plot file {str(picture_path)!r} ends in {picture_path.suffix!r}; it must end in one of "
+            f"{', '.join(PICTURES)}"
+        )
+    return directory, rows_path, picture_path

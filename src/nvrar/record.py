@@ -1,0 +1,177 @@
+"""What a measurement must say about itself to be repeated: where, with what, by which command.
+
+Every row of JSON carries all of it, so that a row cut from its file still tells its story.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from nvrar._version import __version__
+from nvrar.bench import Measurement, Settings
+from nvrar.contenders import BASELINE
+from nvrar.cost import Machine
+from nvrar.sideband import exchange_values
+from nvrar.topology import Topology
+
+_VARIABLES = ("NVRAR_", "NCCL_", "NVSHMEM_", "GLOO_", "OMP_")
+
+
+def provenance(
+    group: ProcessGroup,
+    topology: Topology,
+    settings: Settings,
+    command: Sequence[str],
+    machine: Machine | None = None,
+) -> dict[str, Any]:
+    """Everything about a run that is not a number of it, as JSON can carry it. Collective over ``group``."""
+    hosts = exchange_values(group, "provenance", host(settings.device), settings.timeout_s)
+    commit, is_dirty = checkout()
+    return {
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "git_commit": commit,
+        "git_dirty": is_dirty,
+        "nvrar": __version__,
+        **software(),
+        "topology": str(topology),
+        "rank_order": list(topology.order) or None,
+        "hosts": _distinct(hosts),
+        "world_size": group.size(),
+        "backend": _backend(group, settings.device),
+        "environment": variables(os.environ),
+        "machine_model": None if machine is None else asdict(machine),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "op": settings.op,
+        "device": settings.device,
+        "iterations": settings.iterations,
+        "rounds": settings.rounds,
+        "warmup": settings.warmup,
+    }
+
+
+def rows(
+    measurements: Sequence[Measurement], provenance: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A row for each measurement. ``speedup`` is torch's median over this one's."""
+    baseline_us = {m.num_bytes: m.median_us for m in measurements if m.contender == BASELINE}
+    for m in measurements:
+        reference_us = baseline_us.get(m.num_bytes)
+        yield {
+            "contender": m.contender,
+            "num_bytes": m.num_bytes,
+            "plan": m.plan,
+            "executor": executor_of(m),
+            "fallbacks": dict(m.fallbacks),
+            "num_samples": len(m.samples_us),
+            "median_us": round(m.median_us, 2),
+            "p10_us": round(m.percentile_us(10), 2),
+            "p90_us": round(m.percentile_us(90), 2),
+            "min_us": round(m.min_us, 2),
+            "speedup": None if reference_us is None else round(reference_us / m.median_us, 3),
+            "predicted_us": None if m.predicted_us is None else round(m.predicted_us, 2),
+            **provenance,
+            "samples_us": [round(t, 1) for t in m.samples_us],
+        }
+
+
+def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:
+    """One JSON object a line; replaces what was there."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def executor_of(measurement: Measurement) -> str:
+    """What did the work of the timed calls."""
+    fallen = sum(measurement.fallbacks.values())
+    if measurement.contender == BASELINE or fallen == len(measurement.samples_us):
+        return "torch.distributed"
+    return "mixed" if fallen else "host"
+
+
+def host(device: str = "cpu") -> dict[str, Any]:
+    """This rank's machine."""
+    return {
+        "name": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+    }
+
+
+def software() -> dict[str, str | None]:
+    """Versions of what lies below."""
+    with_nccl = torch.distributed.is_nccl_available() and torch.version.cuda is not None
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "nccl": _nccl_version() if with_nccl else None,
+        "kernel": platform.release(),
+    }
+
+
+def _nccl_version() -> str:
+    found: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, found))
+
+
+def variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that steer us and the libraries below."""
+    return {k: v for k, v in sorted(environment.items()) if k.startswith(_VARIABLES)}
+
+
+def checkout() -> tuple[str | None, bool | None]:
+    """The commit that this package runs from, and whether its tree was changed; None if installed."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's checkout.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None, None
+    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+
+
+def _backend(group: ProcessGroup, device: str) -> str:
+    """What carries tensors of ``device``, out of ``cpu:gloo,cuda:nccl``."""
+    config = str(torch.distributed.get_backend_config(group))
+    return dict(entry.split(":") for entry in config.split(",")).get(device, config)
+
+
+def _distinct(hosts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The hosts in order of first rank, each with how many ranks it holds."""
+    counts: dict[str, int] = {}
+    for found in hosts:
+        key = json.dumps(found)
+        counts[key] = counts.get(key, 0) + 1
+    return [{**json.loads(key), "num_ranks": count} for key, count in counts.items()]
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
