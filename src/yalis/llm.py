@@ -155,7 +155,11 @@ class LLM:
     def _checked(self, idx: int, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         text = prompt if isinstance(prompt, str) else None
         if text is None:
-            token_ids = tuple(cast("Sequence[int]", prompt))
+            if not isinstance(prompt, (list, tuple)):
+                raise RequestError(
+                    f"prompt {idx} is {prompt!r}; give a text or a list of token ids"
+                )
+            token_ids = tuple(prompt)
         elif self.tokenizer is None:
             raise RequestError(
                 f"prompt {idx} is a text, but {self.options.model}/tokenizer.json is missing; add it, or "
@@ -166,7 +170,7 @@ class LLM:
         if not token_ids:
             raise RequestError(f"prompt {idx} is empty; give at least one token")
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < self.config.vocab_size:
+            if not _is_int(token_id) or not 0 <= token_id < self.config.vocab_size:
                 raise RequestError(
                     f"prompt {idx} has token id {token_id!r}; give integers from 0 to "
                     f"{self.config.vocab_size - 1}, the model's vocabulary"
@@ -183,10 +187,17 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        return [cast("list[int]", items)]
-    return cast("list[Prompt]", items)
+    if not isinstance(prompts, (list, tuple)):
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
+        )
+    if prompts and all(map(_is_int, prompts)):
+        return [cast("Sequence[int]", prompts)]
+    return cast("list[Prompt]", list(prompts))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _per_prompt(
