@@ -92,10 +92,14 @@ class Ranks:
         try:
             return [self._join(rank) for rank in range(len(self._processes))]
         finally:
-            for process in self._processes:
-                process.kill()
-                process.join()
-            self._stacks.cleanup()
+            self.end()
+
+    def end(self) -> None:
+        """Leaves no process behind; may be called again."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._stacks.cleanup()
 
     def _join(self, rank: int) -> Outcome:
         pipe, process = self._pipes[rank], self._processes[rank]
@@ -107,7 +111,7 @@ class Ranks:
                     outcome = Outcome(value=value)
                 elif kind == "error":
                     outcome = Outcome(error=value)
-        except (EOFError, ConnectionResetError):
+        except (EOFError, ConnectionResetError):  # it ended
             pass
         process.join(max(self._deadline - time.monotonic(), 0))
         outcome.exit_code = process.exitcode

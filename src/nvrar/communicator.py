@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import uuid
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from nvrar._version import __version__
 from nvrar.cost import Machine, machine_named
 from nvrar.errors import ArgumentError, ClosedError, DisagreementError, NvrarError, TopologyError
 from nvrar.plan import Plan
-from nvrar.sideband import Report, Sideband, exchange_values
+from nvrar.sideband import Report, Sideband, exchange_values, is_destroyed, resolve_group
 from nvrar.topology import Topology, from_sightings, sighting
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ log = logging.getLogger("nvrar")
 # torch.compile calls operators with strings; this finds the communicator again. It keeps none alive.
 by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 
+_DENSE = torch.contiguous_format
 _TORCH_OPS = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.SUM,  # not every backend has AVG: divided afterwards
     "max": dist.ReduceOp.MAX,
     "min": dist.ReduceOp.MIN,
 }
+# How a backend says that it lacks a type or an operation, the same on every rank.
+_UNSUPPORTED = ("invalid scalar type", "not support", "unsupported", "not implemented")
 
 
 @dataclass
@@ -91,7 +95,7 @@ class Communicator:
         machine: Machine | str | None = None,
         executor: str = "auto",
     ) -> None:
-        self.group = _resolve_group(group)
+        self.group = resolve_group(group)
         self.rank = self.group.rank()
         self.world_size = self.group.size()
         self.max_bytes = max_bytes
@@ -144,7 +148,7 @@ class Communicator:
         if torch.compiler.is_compiling():
             return _compiled(self.name, x, out, op)
         if self._ended is not None:
-            raise self._ended
+            raise self._ended.with_traceback(None)  # else it would grow with every call
         self._epoch += 1
         refusal = _refusal_of_call(x, out, op)
         if refusal:
@@ -152,7 +156,7 @@ class Communicator:
             raise ArgumentError(refusal)
         with torch.no_grad():
             if out is None:
-                out = torch.empty_like(x, memory_format=torch.contiguous_format)
+                out = torch.empty_like(x, memory_format=_DENSE)
             self.stats.calls += 1
             self.stats.bytes += x.nbytes
             if x.numel():
@@ -163,8 +167,7 @@ class Communicator:
         """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective."""
         if isinstance(self.plan, Plan):
             return self.plan
-        if self.wire_dtype is not None:
-            num_bytes = num_bytes * self.wire_dtype.itemsize // dtype.itemsize
+        num_bytes = num_bytes * host.wire_type(dtype, self.wire_dtype).itemsize // dtype.itemsize
         return tune.choose(self.topology, num_bytes, self.machine, self.deterministic)
 
     def close(self) -> None:
@@ -194,55 +197,77 @@ class Communicator:
     # -- running -----------------------------------------------------------------------------------
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
+        deadline = time.monotonic() + self.timeout_s
         reason = self._fallback_reason(x)
         if reason:
-            return self._run_torch(x, out, op, reason)
+            return self._run_torch(x, out, op, reason, deadline)
         plan = self.plan_for(x.nbytes, x.dtype)
-        wire = self.wire_dtype if x.dtype.is_floating_point and x.dtype.itemsize == 2 else None
-        flat = x.contiguous().view(-1).to(wire or x.dtype)
+        wire = host.wire_type(x.dtype, self.wire_dtype)
+        flat = x.contiguous().view(-1).to(wire)
         # The result is built in `out` itself where its memory allows, else beside it.
-        direct = out.is_contiguous() and wire is None
+        direct = out.is_contiguous() and wire == x.dtype
         result = out.view(-1) if direct else torch.empty_like(flat)
         call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by '{plan}'"
-        try:
-            self._host.all_reduce(flat, result, plan, op, self._epoch, call, self._budget_s())
-        except host.PeerLost as lost:
-            suspect = self.topology.rank_at(lost.position)
-            report = Report(
-                self._epoch,
-                call,
-                waits_on=suspect,
-                reason=lost.reason,
-                level=lost.level,
-                timed_out=lost.timed_out,
-            )
-            self._ended = self._sideband.explain(report)
-            raise self._ended from lost
+        self._run_plan(flat, result, plan, op, call, deadline)
         if not direct:
             out.copy_(result.view(out.shape))
         return None
 
-    def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str) -> None:
+    def _run_plan(
+        self, flat: Tensor, result: Tensor, plan: Plan, op: str, call: str, deadline: float
+    ) -> None:
+        budget_s = deadline - time.monotonic() - self._sideband.grace_s
+        try:
+            self._host.all_reduce(flat, result, plan, op, self._epoch, call, budget_s)
+        except host.PeerLost as lost:
+            peer = None if lost.position is None else self.topology.rank_at(lost.position)
+            report = Report(self._epoch, call, peer, lost.reason, lost.timed_out, lost.level)
+            self._end(report, deadline, lost)
+
+    def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str, deadline: float) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             log.warning("%s: using torch.distributed.all_reduce for such calls", reason)
         self.stats.fallbacks[reason] += 1
-        total = x.contiguous() if x is out else x.contiguous().clone()
         call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by torch.distributed"
+        if x.device.type == "cpu":
+            # gloo ends the process of a rank that is sent more than it expects. So ranks whose calls
+            # differ must not get there: the executor's messages match only between equal calls.
+            token = torch.zeros(1)
+            plan = Plan.named("nvrar", self.topology)
+            self._run_plan(token, token, plan, "sum", call, deadline)
+        total = out if out.is_contiguous() else torch.empty_like(x, memory_format=_DENSE)
+        if total is not x:
+            total.copy_(x)
         try:
             work = dist.all_reduce(total, _TORCH_OPS[op], group=self.group, async_op=True)
-            work.wait(timedelta(seconds=self._budget_s()))
-        except RuntimeError as error:
-            report = Report(self._epoch, call, reason=str(error).splitlines()[0][:200])
-            self._ended = self._sideband.explain(report)
-            raise self._ended from error
+            left = deadline - time.monotonic() - self._sideband.grace_s
+            work.wait(timedelta(seconds=max(left, 0.001)))
+        except (RuntimeError, ValueError) as error:
+            text = str(error).splitlines()[0][:200]
+            if isinstance(error, ValueError) or any(word in text.lower() for word in _UNSUPPORTED):
+                raise ArgumentError(
+                    f"torch.distributed.all_reduce does not take {x.dtype} ({op}) on this process "
+                    f"group, and no executor of nvrar does: {text}; convert it to another type first"
+                ) from error
+            timed_out = time.monotonic() >= deadline - self._sideband.grace_s - 0.01
+            report = Report(self._epoch, call, reason=text, timed_out=timed_out)
+            self._end(report, deadline, error)
         if op == "avg":
             total /= self.world_size
-        if total.data_ptr() != out.data_ptr():
+        if total is not out:
             out.copy_(total)
 
-    def _budget_s(self) -> float:
-        return self.timeout_s - self._sideband.grace_s
+    def _end(self, report: Report, deadline: float, cause: Exception) -> NoReturn:
+        """Raises what ``report`` amounts to, now and in every later call."""
+        if is_destroyed(self.group):
+            self._ended = ClosedError(
+                f"the process group of communicator {self.name} was destroyed; make a new group, and "
+                "a new communicator on it"
+            )
+        else:
+            self._ended = self._sideband.explain(report, deadline)
+        raise self._ended from cause
 
     def _fallback_reason(self, x: Tensor) -> str:
         """Why no executor takes ``x``; empty if one does. Equal on all ranks that make the same call."""
@@ -273,13 +298,22 @@ class Communicator:
                 raise ArgumentError(f"executor is {self.executor!r}; it must be 'auto' or 'host'")
             if isinstance(machine, str):
                 machine_named(machine)
-            if not isinstance(plan, (str, Plan)):
-                raise ArgumentError(f"plan is {plan!r}; it must be a name, a word or a Plan")
+            elif machine is not None and not isinstance(machine, Machine):
+                raise ArgumentError(f"machine is {machine!r}; it must be a name or a Machine")
+            if topology is not None and not isinstance(topology, Topology):
+                raise ArgumentError(
+                    f"topology is {topology!r}; it must be a Topology, such as Topology(2, 4) or "
+                    "Topology.parse('2x4')"
+                )
             if topology is not None and topology.world_size != self.world_size:
                 raise TopologyError(
                     f"topology {topology} has {topology.world_size} ranks, the group has "
                     f"{self.world_size}; num_nodes * ranks_per_node must be {self.world_size}"
                 )
+            if not isinstance(plan, (str, Plan)):
+                raise ArgumentError(f"plan is {plan!r}; it must be a name, a word or a Plan")
+            if plan != "auto":
+                Plan.resolve(plan, topology or Topology.flat(self.world_size))
         except NvrarError as error:
             return error
         return None
@@ -295,13 +329,14 @@ class Communicator:
         """What every rank said of itself, once all have said the same of what must be equal."""
         common = {
             "version": __version__,
-            "topology": None if topology is None else [str(topology), list(topology.order)],
+            "topology": repr(topology),
             "plan": str(plan),
-            "max_bytes": self.max_bytes,
-            "deterministic": self.deterministic,
+            "max_bytes": str(self.max_bytes),
+            "timeout_s": str(self.timeout_s),
+            "deterministic": str(bool(self.deterministic)),
             "wire_dtype": str(self.wire_dtype),
             "machine": str(machine),
-            "executor": self.executor,
+            "executor": str(self.executor),
         }
         mine = {
             "name": uuid.uuid4().hex[:12],  # the first rank's becomes the communicator's
@@ -323,25 +358,10 @@ class Communicator:
             if any(value != values[0] for value in values):
                 odd = next(r for r, value in enumerate(values) if value != values[0])
                 raise DisagreementError(
-                    f"{key} is {values[0]!r} on rank 0 and {values[odd]!r} on rank {odd}; give the "
+                    f"{key} is {values[0]} on rank 0 and {values[odd]} on rank {odd}; give the "
                     "same arguments (and install the same version) on all ranks of the group"
                 )
         return said
-
-
-def _resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if not dist.is_available() or not dist.is_initialized():
-        raise ArgumentError(
-            "torch.distributed is not initialised; call torch.distributed.init_process_group first "
-            "(torchrun sets the environment that it needs)"
-        )
-    found = dist.group.WORLD if group is None else group
-    if not isinstance(found, dist.ProcessGroup):  # new_group gives other ranks a marker instead
-        raise ArgumentError(
-            f"group is {group!r}, which does not hold rank {dist.get_rank()}; make the communicator "
-            "only on the ranks of the group"
-        )
-    return found
 
 
 def _refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
@@ -353,26 +373,27 @@ def _refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
         return f"op is {op!r}; it must be one of {', '.join(host.OPS)}"
     if op == "avg" and not x.dtype.is_floating_point:
         return f"op 'avg' needs a floating type and x is {x.dtype}; use 'sum' and divide"
-    if out is None or out is x:
+    if out is None:
         return ""
-    for what in ("shape", "dtype", "device"):
+    if not isinstance(out, torch.Tensor):
+        return f"out is {type(out).__name__}, not a torch.Tensor"
+    for what in ("shape", "dtype", "device", "layout"):
         if getattr(out, what) != getattr(x, what):
             return (
                 f"out has {what} {getattr(out, what)}, x has {getattr(x, what)}; they must be equal"
             )
+    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+        return "elements of out share memory, as those of an expanded tensor do; give out.clone()"
     if _partly_overlap(x, out):
         return "x and out share part of their memory; give out=x, or memory of its own"
     return ""
 
 
 def _partly_overlap(x: Tensor, out: Tensor) -> bool:
-    if x.data_ptr() == out.data_ptr() and x.stride() == out.stride():
+    # Where one of them has gaps there is a buffer in between, and overlap does no harm.
+    if not (x.is_contiguous() and out.is_contiguous()):
         return False
-    first, second = sorted((x, out), key=lambda t: t.data_ptr())
-    if first.numel() == 0:
-        return False
-    extent = 1 + sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
-    return first.data_ptr() + extent * first.itemsize > second.data_ptr()
+    return 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes
 
 
 def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
@@ -380,4 +401,11 @@ def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
         torch.ops.nvrar.all_reduce_(x, name, op)
         return x
     total: Tensor = torch.ops.nvrar.all_reduce(x, name, op)
-    return total if out is None else out.copy_(total)
+    if out is None:
+        return total
+    if out.shape != x.shape or out.dtype != x.dtype:  # copy_ would broadcast, and convert
+        raise ArgumentError(
+            f"out is {out.dtype} {tuple(out.shape)}, x is {x.dtype} {tuple(x.shape)}; "
+            "they must be equal"
+        )
+    return out.copy_(total)

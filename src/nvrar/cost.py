@@ -185,7 +185,9 @@ def _remote_peers(stride: int, radix: int, num_nodes: int, ranks_per_node: int) 
     ``stride`` apart. By numbers alone, so that the thousands of plans of a topology share the answers."""
     if stride % ranks_per_node == 0:
         return radix - 1, radix - 1
-    together: list[int] = []  # for every rank, itself included: the members of its group on its node
+    together: list[
+        int
+    ] = []  # for every rank, itself included: the members of its group on its node
     for first in range(num_nodes * ranks_per_node):
         if first // stride % radix == 0:
             nodes = Counter((first + j * stride) // ranks_per_node for j in range(radix))

@@ -35,9 +35,14 @@ _schedule = lru_cache(maxsize=256)(Plan.schedule)
 class PeerLost(Exception):
     """A wait ended without its data. Private: the communicator finds out whose fault it was."""
 
-    def __init__(self, position: int, level: int, reason: str, timed_out: bool) -> None:
+    def __init__(self, position: int | None, level: int, reason: str, timed_out: bool) -> None:
         super().__init__(reason)
         self.position, self.level, self.reason, self.timed_out = position, level, reason, timed_out
+
+
+def wire_type(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor of ``dtype`` is sent as: ``wire_dtype`` widens the 16-bit types and no other."""
+    return wire_dtype if wire_dtype is not None and dtype in WIDE else dtype
 
 
 def reduce_in_order(contributions: list[Tensor], op: str, divisor: int = 1) -> Tensor:
@@ -118,19 +123,24 @@ class HostExecutor:
             add(dist.irecv, into[digit], position, "its data did not come")
         for digit, position in step.peers():
             add(dist.isend, source[slice(*step.sends[digit])], position, "it took no data")
-        if not operations:
-            return
-        try:
-            works = dist.batch_isend_irecv(operations)
-        except RuntimeError as error:
-            raise PeerLost(peers[0][0], step.level, _reason(error, peers[0][1]), False) from error
+        if source.device.type == "cpu":  # one by one, to know whose connection was found broken
+            batches = [[operation] for operation in operations]
+        else:  # NCCL needs the messages of a step in one batch
+            batches = [operations] if operations else []
+        works: list[dist.Work] = []
+        for batch in batches:
+            try:
+                works += dist.batch_isend_irecv(batch)
+            except RuntimeError as error:
+                broken = peers[len(works)][0] if len(batch) == 1 else None
+                raise PeerLost(broken, step.level, _reason(error, "broken"), False) from error
         # NCCL hands back one work for the batch, gloo one for each message.
         for work, (position, what) in zip(works, peers, strict=False):
             left = max(deadline - time.monotonic(), 0.001)
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as error:
-                timed_out = time.monotonic() >= deadline
+                timed_out = time.monotonic() >= deadline - 0.01  # waits are rounded to milliseconds
                 raise PeerLost(position, step.level, _reason(error, what), timed_out) from error
 
     def _tag(self, epoch: int, call: str, index: int) -> int:

@@ -7,24 +7,56 @@ rather than the neighbour that merely waited for it too (:class:`Sideband`). Nev
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvrar.errors import ClosedError, DisagreementError, NvrarError, PeerTimeout
+import torch.distributed as dist
+
+from nvrar.errors import ArgumentError, DisagreementError, NvrarError, PeerTimeout
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.distributed import ProcessGroup
 
+_T = TypeVar("_T")
 _POLL_S = 0.02
-_GONE = (
-    "the store that ranks report to does not answer, so this is the nearest rank seen, and the one "
-    "that hosts the store may be the one that stopped"
-)
+
+
+def resolve_group(group: ProcessGroup | None) -> ProcessGroup:
+    """``group``, or the default group for None.
+
+    Raises:
+        ArgumentError: there is none, it was destroyed, or it does not hold this rank.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ArgumentError(
+            "torch.distributed is not initialised; call torch.distributed.init_process_group first "
+            "(torchrun sets the environment that it needs)"
+        )
+    found = dist.group.WORLD if group is None else group
+    if not isinstance(found, dist.ProcessGroup):  # new_group gives other ranks a marker instead
+        raise ArgumentError(
+            f"group is {group!r}, which does not hold rank {dist.get_rank()}; use it only on the "
+            "ranks that it was made of"
+        )
+    if is_destroyed(found):
+        raise ArgumentError("group was destroyed; make a new one with torch.distributed.new_group")
+    return found
+
+
+def is_destroyed(group: ProcessGroup) -> bool:
+    """Whether destroy_process_group was called on ``group``, or on all groups."""
+    try:
+        return not dist.get_process_group_ranks(group)
+    except (KeyError, RuntimeError, ValueError):
+        return True
 
 
 def store_of(group: ProcessGroup) -> Store:
@@ -32,8 +64,8 @@ def store_of(group: ProcessGroup) -> Store:
     try:
         return group.get_group_store()
     except RuntimeError as error:
-        raise ClosedError(
-            "the process group has no store: it was destroyed, or made without one; "
+        raise ArgumentError(
+            "the process group was made without a store; "
             "make it with torch.distributed.init_process_group or new_group"
         ) from error
 
@@ -45,23 +77,24 @@ def exchange_values(group: ProcessGroup, purpose: str, value: Any, timeout_s: fl
         PeerTimeout: some ranks did not bring theirs within ``timeout_s``; it names them all.
     """
     store, rank = store_of(group), group.rank()
-    # The n-th exchange of a purpose on one rank meets the n-th of every other; the store counts, so
-    # that no process has to remember.
-    turn = store.add(f"nvrar/{purpose}/turns/{rank}", 1)
-    keys = [f"nvrar/{purpose}/{turn}/{r}" for r in range(group.size())]
-    store.set(keys[rank], json.dumps(value))
+    turn, keys = 0, []
     try:
+        # The n-th exchange of a purpose on one rank meets the n-th of every other; the store counts,
+        # so that no process has to remember.
+        turn = store.add(f"nvrar/{purpose}/turns/{rank}", 1)
+        keys = [f"nvrar/{purpose}/{turn}/{r}" for r in range(group.size())]
+        store.set(keys[rank], json.dumps(value))
         store.wait(keys, timedelta(seconds=timeout_s))
+        return [json.loads(store.get(key)) for key in keys]
     except RuntimeError as error:
         missing = _missing(store, keys)
         raise PeerTimeout(
-            f"rank {rank} waited {timeout_s:g} s for {_ranks(missing)} to take part in '{purpose}' "
+            f"rank {rank} waited {timeout_s:g} s for {_listed(missing)} to take part in '{purpose}' "
             f"(turn {turn} on this group); it is collective: start it on all {group.size()} ranks of "
-            "the group, or raise timeout_s if they were only late",
+            f"the group, or raise timeout_s if they were only late ({_first_line(error)})",
             rank=rank,
             peers=missing,
         ) from error
-    return [json.loads(store.get(key)) for key in keys]
 
 
 def _missing(store: Store, keys: list[str]) -> tuple[int, ...]:
@@ -71,30 +104,20 @@ def _missing(store: Store, keys: list[str]) -> tuple[int, ...]:
         return ()
 
 
-def _ranks(ranks: tuple[int, ...]) -> str:
-    if not ranks:
-        return (
-            "ranks it cannot name, because the store is gone too (did the rank that hosts it die?)"
-        )
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
-
-
 @dataclass(frozen=True)
 class Report:
     """What one rank says of a call that went wrong for it."""
 
     epoch: int
     call: str  # the call as this rank made it, equal on all ranks when nobody is wrong
-    waits_on: int | None = None  # the rank whose data did not come
+    waits_on: int | None = None  # the rank whose data did not come, if it knows which
     reason: str = ""  # how this rank knows
-    timed_out: bool = (
-        False  # it spent its whole budget waiting, rather than seeing a connection end
-    )
+    timed_out: bool = False  # its whole budget went by, rather than that it saw a connection end
     level: int | None = None
     refused: str = ""  # this rank raised at once: its own arguments were wrong
 
     def same_call(self, other: Report) -> bool:
-        return not self.refused and (self.epoch, self.call) == (other.epoch, other.call)
+        return (self.epoch, self.call) == (other.epoch, other.call)
 
 
 class Sideband:
@@ -104,6 +127,7 @@ class Sideband:
         self._store = store_of(group)
         self._rank = group.rank()
         self._size = group.size()
+        self._store_host = _store_host(group)
         self._prefix = f"nvrar/report/{name}"
         self._timeout_s = timeout_s
         # Part of the budget is kept for finding out who is to blame, so that PeerTimeout is raised
@@ -111,55 +135,94 @@ class Sideband:
         self.grace_s = min(1.0, timeout_s / 4)
 
     def publish(self, report: Report) -> None:
-        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(report)))
+        """Says ``report`` to whoever asks. Takes at most ``grace_s``, whatever state the store is in."""
+        self._bounded(lambda: self._set(report), self.grace_s)
 
-    def explain(self, mine: Report) -> NvrarError:
-        """The error to raise on this rank for a wait that ended without its data.
+    def explain(self, mine: Report, deadline: float) -> NvrarError:
+        """The error to raise on this rank for a call that ended without its data.
 
-        Follows who waits on whom from rank to rank to the one that reported nothing: that one is dead,
-        stuck or elsewhere. Takes at most ``grace_s``, whatever state the store is in.
+        Follows who waits on whom from rank to rank, to the one that reported nothing: that one is dead,
+        stuck or elsewhere. Takes at most ``grace_s``; if this rank cannot tell whom it waited for, it
+        hears all the others first, until ``deadline`` (of ``time.monotonic``).
         """
-        found: list[NvrarError] = []
-        seeker = threading.Thread(target=lambda: found.append(self._follow(mine)), daemon=True)
-        seeker.start()
-        seeker.join(self.grace_s + 0.2)
-        if found:
-            return found[0]
-        assert mine.waits_on is not None
+        if mine.waits_on is not None:
+            deadline = time.monotonic() + self.grace_s
+        left = deadline - time.monotonic()
+        found = self._bounded(lambda: self._judge(mine, deadline - 0.2 * self.grace_s), left)
+        if found is not None:
+            return found
+        host = self._store_host
+        hosted = "" if host is None else f", and rank {host} hosts it unless you made it yourself"
         return self._timeout(
-            mine, mine.waits_on, f"{mine.reason}; the store does not answer either"
+            mine,
+            [r for r in (mine.waits_on if host is None else host,) if r is not None],
+            f"{mine.reason}; the store that ranks report to does not answer either{hosted}",
         )
 
-    def _follow(self, mine: Report) -> NvrarError:
-        assert mine.waits_on is not None
-        deadline = time.monotonic() + self.grace_s
-        suspect, witness, seen = mine.waits_on, mine, {self._rank}
-        try:
-            self.publish(mine)
-            while suspect not in seen:
-                report = self._read(suspect, deadline)
-                if report is None or report.epoch < mine.epoch:
-                    break  # silent in this call: it is the one
-                if report.refused or (report.epoch, report.call) != (mine.epoch, mine.call):
-                    return self._disagreement(mine, suspect, report)
-                if report.waits_on is None:
-                    break
-                seen.add(suspect)
-                suspect, witness = report.waits_on, report
-        except RuntimeError:
-            return self._timeout(
-                mine, mine.waits_on, f"{mine.reason}; the store that ranks report to is gone too, "
-                "so the rank that hosts it may be the one that died"
-            )  # fmt: skip
-        return self._timeout(mine, suspect, witness.reason)
+    def _bounded(self, action: Callable[[], _T], seconds: float) -> _T | None:
+        """What ``action`` returns; None if the store fails it or keeps it waiting."""
+        found: list[_T] = []
 
-    def _read(self, rank: int, deadline: float) -> Report | None:
+        def act() -> None:
+            with contextlib.suppress(RuntimeError):
+                found.append(action())
+
+        seeker = threading.Thread(target=act, name="nvrar sideband", daemon=True)
+        seeker.start()
+        seeker.join(max(seconds, 0.05))
+        return found[0] if found else None
+
+    def _set(self, report: Report) -> None:
+        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(report)))
+
+    def _judge(self, mine: Report, deadline: float) -> NvrarError:
+        self._set(mine)
+        if mine.waits_on is None:
+            return self._hear_all(mine, deadline)
+        path = {self._rank: mine}
+        witness, suspect = mine, mine.waits_on
+        while suspect not in path:
+            report = self._read(suspect, mine.epoch, deadline)
+            if report is None:  # silent: it is the one
+                return self._timeout(mine, [suspect], witness.reason)
+            if report.refused or (report.epoch == mine.epoch and not report.same_call(mine)):
+                return self._disagreement(mine, suspect, report)
+            path[suspect] = report
+            if report.waits_on is None:
+                return self._timeout(mine, [suspect], report.reason)
+            witness, suspect = report, report.waits_on
+        # They wait on each other. In one call only a latecomer closes such a ring: it waits on a rank
+        # that had given up on it, and sees a closed connection where the others spent their time.
+        ring = list(path)[list(path).index(suspect) :]
+        if any(not path[rank].same_call(path[suspect]) for rank in ring):
+            odd = next(rank for rank in ring if not path[rank].same_call(mine))
+            return self._disagreement(mine, odd, path[odd])
+        late = [rank for rank in ring if not path[rank].timed_out]
+        return self._timeout(mine, late or [suspect], witness.reason)
+
+    def _hear_all(self, mine: Report, deadline: float) -> NvrarError:
+        silent = []
+        for rank in range(self._size):
+            if rank == self._rank:
+                continue
+            report = self._read(rank, mine.epoch, deadline)
+            if report is None:
+                silent.append(rank)
+            elif report.refused or not report.same_call(mine):
+                return self._disagreement(mine, rank, report)
+        return self._timeout(mine, silent, mine.reason)
+
+    def _read(self, rank: int, epoch: int, deadline: float) -> Report | None:
+        """What ``rank`` says went wrong, if anything did by ``deadline``."""
         key = f"{self._prefix}/{rank}"
-        while not self._store.check([key]):
+        while True:
+            if self._store.check([key]):
+                report = Report(**json.loads(self._store.get(key)))
+                if not report.refused or report.epoch >= epoch:  # refusals of the past are over
+                    return report
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)
-        return Report(**json.loads(self._store.get(key)))
 
     def _disagreement(self, mine: Report, other: int, theirs: Report) -> NvrarError:
         if theirs.refused:
@@ -171,17 +234,36 @@ class Sideband:
             "same calls in the same order. The communicator is broken; make a new one"
         )
 
-    def _timeout(self, mine: Report, culprit: int | None, reason: str) -> NvrarError:
+    def _timeout(self, mine: Report, culprits: list[int], reason: str) -> NvrarError:
         where = "" if mine.level is None else f"level {mine.level} of "
-        blamed = "the other ranks" if culprit is None else f"rank {culprit}"
-        did = "came too late" if culprit == self._rank else f"gave up on {blamed}"
+        blamed = _listed(culprits)
+        did = "came too late" if culprits == [self._rank] else f"gave up on {blamed}"
         return PeerTimeout(
             f"rank {self._rank} {did} at {where}call {mine.epoch}, {mine.call}: {reason}. "
             f"The communicator is broken (and with gloo its process group too). Look first at what "
             f"{blamed} logged; then start anew, with a larger timeout_s than {self._timeout_s:g} if it "
             "was only late",
             rank=self._rank,
-            peers=() if culprit is None else (culprit,),
+            peers=tuple(culprits),
             epoch=mine.epoch,
             level=mine.level,
         )
+
+
+def _store_host(group: ProcessGroup) -> int | None:
+    """The group rank whose end takes the store with it, where torch made the store: rank 0 of all,
+    except under torchrun, whose agent outlives the ranks."""
+    ranks = dist.get_process_group_ranks(group)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or 0 not in ranks:
+        return None
+    return ranks.index(0)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    if not ranks:
+        return "the other ranks"
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvrar.host import reduce_in_order
+from nvrar.host import reduce_in_order, wire_type
 from nvrar.plan import Plan
 from nvrar.topology import Topology
 
@@ -24,7 +24,7 @@ def reference_all_reduce(
     """
     plan.check(len(inputs))
     order = topology.order if topology is not None and topology.order else range(len(inputs))
-    values = inputs[list(order)].to(wire_dtype or inputs.dtype)
+    values = inputs[list(order)].to(wire_type(inputs.dtype, wire_dtype))
     for i, radix in enumerate(plan.radices):
         # Once a digit is summed its members hold the same, so one of them stands for all.
         grouped = values.reshape(-1, radix, *values.shape[1:])

@@ -46,6 +46,7 @@ class Topology:
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise TopologyError(f"{name} is {count!r}; it must be a whole number of at least 1")
+        object.__setattr__(self, "order", tuple(self.order))
         identity = tuple(range(self.world_size))
         if self.order and tuple(sorted(self.order)) != identity:
             raise TopologyError(
@@ -78,7 +79,7 @@ class Topology:
     def parse(cls, text: str) -> Topology:
         """``"2x4"`` as two nodes of four ranks."""
         nodes, separator, ranks = text.lower().partition("x")
-        if not (separator and nodes.strip().isdigit() and ranks.strip().isdigit()):
+        if not (separator and nodes.strip().isdecimal() and ranks.strip().isdecimal()):
             raise TopologyError(f"topology {text!r} is not NODESxRANKS_PER_NODE, such as 2x4")
         return cls(int(nodes), int(ranks))
 
@@ -97,19 +98,15 @@ class Topology:
         Nodes with unequal numbers of ranks give :meth:`flat`, said once in the log.
 
         Raises:
+            ArgumentError: no process group, or one that does not hold this rank.
             TopologyError: the override is malformed, or not the same on all ranks.
             PeerTimeout: a rank did not come within ``timeout_s``.
         """
         import torch.distributed as dist
 
-        from nvrar.sideband import exchange_values
+        from nvrar.sideband import exchange_values, resolve_group
 
-        group = group or dist.group.WORLD
-        if group is None:
-            raise TopologyError(
-                "torch.distributed is not initialised; call init_process_group first, or give the "
-                "topology by hand"
-            )
+        group = resolve_group(group)
         sightings = exchange_values(group, "topology", sighting(os.environ), timeout_s)
         return from_sightings(sightings, dist.get_process_group_ranks(group))
 
@@ -148,7 +145,7 @@ def _overridden(values: set[str | None], global_ranks: Sequence[int]) -> Topolog
             f"NVRAR_RANKS_PER_NODE differs between ranks ({shown}); set the same on all, or on none"
         )
     (text,) = values
-    if text is None or not text.isdigit() or int(text) < 1:
+    if text is None or not text.isdecimal() or int(text) < 1:
         raise TopologyError(
             f"NVRAR_RANKS_PER_NODE is {text!r}; it must be a whole number of at least 1"
         )

@@ -8,6 +8,7 @@ numbers. It is the same schedule that `nvrar/host.py` carries out on tensors.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -118,7 +119,7 @@ def assert_fit(steps: tuple[Step, ...]) -> None:
 
 def any_overlap(spans: list[Span]) -> bool:
     full = sorted(span for span in spans if span[0] < span[1])
-    return any(first[1] > second[0] for first, second in zip(full, full[1:], strict=False))
+    return any(first[1] > second[0] for first, second in pairwise(full))
 
 
 def assert_is_all_reduce(plan: Plan, length: int, granule: int = 1, in_place: bool = False) -> None:
