@@ -1,0 +1,1 @@
+"""Executor 2: the plan as one fused CUDA kernel."""

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a launch knows, how it learns its epoch, and how every wait ends.
+#pragma once
+
+#include "packet.cuh"
+
+namespace nvrar {
+
+// One per communicator and rank, in device memory.
+struct Control {
+    u32 epoch;    // of the next launch
+    u32 arrived;  // blocks of this launch that have read it
+    u32 broken;   // 1 from the first failure on
+    u32 unused;
+};
+
+// One per communicator and rank, in memory that the host reads. Kept in step with nvrar/gpu/kernel.py.
+struct Failure {
+    u32 kind;  // an Arrival: kMissing for a peer that did not come, kForeign for one in another call
+    u32 level;
+    u32 digit;  // of the peer
+    u32 epoch;
+    u32 signature;  // of the call that failed
+};
+
+template <class Plan>
+struct Args {
+    const char* in;
+    char* out;
+    u64 num_bytes;
+    u64 budget_ns;
+    char* inbox;       // this rank's, first parity
+    u64 parity_bytes;  // from one parity to the other
+    Control* control;
+    Failure* failure;
+    char* outbox;  // where packets are packed for put, first parity; symmetric memory
+    u32 num_units;
+    u32 signature;
+    u32 digit[Plan::kNumLevels];
+    u32 pe[Plan::kNumPeers];
+    char* peer[Plan::kNumPeers];  // their inboxes as this rank addresses them
+};
+
+// 0 is what fresh memory holds, so it is no epoch; the first after 2^32 - 1, which is odd, is 2, so that
+// the two workspaces go on alternating.
+inline u32 next_epoch(u32 epoch) { return epoch == ~0u ? 2 : epoch + 1; }
+
+inline u64 now_ns() {
+    u64 time;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    return time;
+}
+
+struct Entry {
+    u32 epoch;
+    bool broken;
+    bool leaves_last;  // on thread 0 of the block that must advance the epoch
+};
+
+// Every block reads the epoch, then takes a ticket; the one that took the last advances the epoch when it
+// leaves. All have read it by then, and nobody waits for the ticket: counting blocks at the end instead
+// costs 0.9 us a call.
+inline Entry enter(Control* control) {
+    __shared__ u32 epoch, broken;
+    u32 ticket = 0;
+    if (threadIdx.x == 0) {
+        u32 arrived, unused;
+        load_16(reinterpret_cast<const char*>(control), epoch, arrived, broken, unused);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) ticket = atomicAdd(&control->arrived, 1u) + 1;
+    return {epoch, broken != 0, ticket == gridDim.x};
+}
+
+inline void leave(Control* control, const Entry& entry) {
+    if (!entry.leaves_last) return;
+    control->arrived = 0;
+    control->epoch = next_epoch(entry.epoch);
+}
+
+// The cold half of waiting: the time until which to go on (`deadline`, or the first one), or 0 to give up,
+// having left word for the host. Out of line, because the size of the hot path is latency.
+template <class Plan>
+__noinline__ u64 patience(const Args<Plan>& args, u32 epoch, u32 level, u32 digit, Arrival arrival,
+                          u64 deadline) {
+    const u64 now = now_ns();
+    if (deadline == 0) deadline = now + args.budget_ns;
+    const bool others_failed = *reinterpret_cast<volatile u32*>(&args.control->broken);
+    if (arrival != Arrival::kForeign && now < deadline && !others_failed) return deadline;
+    if (arrival != Arrival::kFresh && atomicExch(&args.control->broken, 1u) == 0) {
+        volatile Failure* failure = args.failure;
+        failure->level = level;
+        failure->digit = digit;
+        failure->epoch = epoch;
+        failure->signature = args.signature;
+        __threadfence_system();
+        failure->kind = 1 + u32(arrival);  // written last: 0 is "nothing happened"
+    }
+    return 0;
+}
+
+// The one loop of the library that waits. `look` looks once, and says the worst it saw and of whom; it is
+// called until all is there, or until a packet is foreign, the budget is spent, or another wait of this
+// communicator has failed. False: the data must not be used.
+template <class Packet, class Plan, class Look>
+inline bool wait_for(const Args<Plan>& args, u32 epoch, u32 level, Look look) {
+    u64 deadline = 0;
+    while (true) {
+        u32 digit = 0;
+        Arrival arrival = Arrival::kMissing;
+        for (int looks = 0; looks < 256; looks++) {
+            arrival = look(digit);
+            if (Packet::all(arrival == Arrival::kFresh)) return true;
+            if (Packet::any(arrival == Arrival::kForeign)) break;
+        }
+        deadline = patience(args, epoch, level, digit, arrival, deadline);
+        if (Packet::any(deadline == 0)) return false;
+    }
+}
+
+}  // namespace nvrar

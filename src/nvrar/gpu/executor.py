@@ -1,0 +1,228 @@
+"""Executor 2: all-reduces of one communicator on this rank's GPU, one launch each."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from nvrar.errors import ArgumentError
+from nvrar.gpu import heap, jit, kernel, layout
+from nvrar.gpu.layout import LL, LL128, Format, LaunchShape
+from nvrar.plan import Plan
+from nvrar.sideband import exchange_values
+from nvrar.topology import Topology
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRANSPORTS = ("auto", "direct", "put")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How one size is reduced. Equal on all ranks, except for the launch shape, which need not be."""
+
+    plan: Plan
+    packets: Format
+
+
+@dataclass
+class _Prepared:
+    """A call of one size, type and operation, ready but for the addresses."""
+
+    args: ctypes.Structure
+    argument_pointers: ctypes.Array
+    whole: kernel.Function
+    ragged: kernel.Function
+    shape: LaunchShape
+    align: int
+
+
+class GpuExecutor:
+    """Collective to make over ``group``. Kernels of one executor run in stream order.
+
+    Args:
+        algorithms: for every plan that may run, the packet formats and the largest message of each;
+            equal on all ranks. It sizes the workspace.
+        timeout_s: bound on waits for peers during creation.
+        budget_s: bound on every wait inside a kernel.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        topology: Topology,
+        algorithms: dict[Algorithm, int],
+        timeout_s: float,
+        budget_s: float,
+    ) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=self.device)  # makes the context that everything below lives in
+        properties = torch.cuda.get_device_properties(self.device)
+        self._arch = f"sm_{properties.major}{properties.minor}"
+        self._num_processors = properties.multi_processor_count
+        self._topology = topology
+        self._position = topology.position_of(group.rank())
+        self._transport = _transport_option()
+        self._heap = heap.open_heap(timeout_s)
+        self._region_bytes = {f: _largest(algorithms, f) for f in (LL, LL128)}
+        inbox_bytes = 2 * sum(self._region_bytes.values())
+        # Inboxes, and behind them an outbox of the LL region's size for what travels by put.
+        self._piece = self._heap.allocate(
+            group, inbox_bytes + 2 * self._region_bytes[LL], timeout_s
+        )
+        self._outbox = self._piece.address + inbox_bytes
+        self._control = torch.zeros(4, dtype=torch.int32, device=self.device)
+        self._control[0] = 2  # the first epoch: 0 is what fresh memory holds
+        self._failure_memory = torch.zeros(8, dtype=torch.int32).pin_memory()
+        self.failure = kernel.Failure.from_address(self._failure_memory.data_ptr())
+        self._budget_ns = int(budget_s * 1e9)
+        self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
+        self._mapped = [bool(self._heap.address_at(self._piece, pe)) for pe in self._pes]
+        self.lines_travel_whole = all(
+            exchange_values(
+                group, "mapped", all(self._mapped) and self._transport != "put", timeout_s
+            )
+        )
+        if self._transport == "direct" and not all(self._mapped):
+            far = [r for r, mapped in enumerate(self._mapped) if not mapped]
+            raise ArgumentError(
+                f"NVRAR_TRANSPORT=direct, but the memory of ranks {far} is not mapped on rank "
+                f"{group.rank()}; leave it unset, and such ranks are reached by put"
+            )
+        self._functions: dict[jit.KernelSpec, kernel.Function] = {}
+        self._libraries: list[object] = []
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+        self._last_stream: torch.cuda.Stream | None = None
+        self.calls: dict[int, str] = {}  # what each signature stands for
+        torch.cuda.synchronize(self.device)
+        exchange_values(group, "gpu executor", True, timeout_s)
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, out: Tensor, algorithm: Algorithm, op: str) -> None:
+        """Puts the reduction of all ranks' ``x`` into ``out`` on the current stream. Collective, capturable.
+
+        Both are contiguous, of one length (not 0) and type, on this executor's device.
+        """
+        num_bytes = x.nbytes
+        key = (num_bytes, x.dtype, op, algorithm)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(num_bytes, x.dtype, op, algorithm)
+        args = prepared.args
+        args.in_ = source = x.data_ptr()
+        args.out = target = out.data_ptr()
+        whole = (source | target | num_bytes) % prepared.align == 0
+        function = prepared.whole if whole else prepared.ragged
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._last_stream:
+            self._follow(stream)
+        function.launch_prepared(prepared.shape, prepared.argument_pointers, stream.cuda_stream)
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the kernels of this communicator in order when the caller changes streams. A captured
+        graph is ordered by whoever launches it."""
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self._last_stream is not None and not capturing:
+            stream.wait_stream(self._last_stream)
+        if not capturing:
+            self._last_stream = stream
+
+    def warm_up(self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm) -> None:
+        """Compiles and loads what such a call needs, so that the call itself does neither. Local."""
+        key = (num_bytes, dtype, op, algorithm)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(num_bytes, dtype, op, algorithm)
+
+    def _prepare(
+        self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm
+    ) -> _Prepared:
+        plan, packets = algorithm.plan, algorithm.packets
+        args = kernel.args_type_of(plan)()
+        parity_bytes = self._region_bytes[packets]
+        if layout.inbox_bytes(plan, packets, num_bytes) > parity_bytes:
+            raise ArgumentError(
+                f"{num_bytes} bytes by '{plan}' in {packets.name} packets need more than the "
+                f"{parity_bytes} bytes that the workspace was made for; raise max_bytes"
+            )
+        region = 0 if packets is LL else 2 * self._region_bytes[LL]
+        args.budget_ns = self._budget_ns
+        args.inbox = self._piece.address + region
+        args.outbox = self._outbox
+        args.parity_bytes = parity_bytes
+        args.control = self._control.data_ptr()
+        args.failure = self._failure_memory.data_ptr()
+        args.digit[:] = plan.digits(self._position)
+        members = [p for i in range(len(plan.levels)) for p in plan.members(self._position, i)]
+        pes = [self._pes[self._topology.rank_at(p)] for p in members]
+        args.pe[:] = pes
+        addresses = [self._heap.address_at(self._piece, pe) for pe in pes]
+        args.peer[:] = [address + region if address else 0 for address in addresses]
+        kernel.fill_call(args, plan, packets, dtype, op, 0, 0, num_bytes)
+        self.calls[args.signature] = f"{num_bytes} bytes of {dtype} ({op}) by '{plan}'"
+        whole, ragged = (self._function(plan, packets, dtype, op, w) for w in (True, False))
+        resident = min(whole.resident_blocks(512), ragged.resident_blocks(512))
+        shape = layout.launch_shape(plan, packets, num_bytes, self._num_processors * resident)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        return _Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
+
+    def _function(
+        self, plan: Plan, packets: Format, dtype: torch.dtype, op: str, whole: bool
+    ) -> kernel.Function:
+        spec = jit.KernelSpec(
+            plan,
+            packets,
+            dtype,
+            op,
+            self._arch,
+            put=self._puts(plan),
+            whole=whole,
+            args_bytes=ctypes.sizeof(kernel.args_type_of(plan)),
+        )
+        if spec not in self._functions:
+            library = jit.load(spec)
+            if spec.uses_put:
+                heap.initialise_library(int(library.handle))
+            self._libraries.append(library)
+            self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
+        return self._functions[spec]
+
+    def _puts(self, plan: Plan) -> tuple[bool, ...]:
+        """By level, whether any member is out of reach of plain stores."""
+        if self._transport == "put":
+            return (True,) * len(plan.levels)
+        return tuple(
+            not all(
+                self._mapped[self._topology.rank_at(p)] for p in plan.members(self._position, i)
+            )
+            for i in range(len(plan.levels))
+        )
+
+    def close(self) -> None:
+        """Local. The workspace is given back unless a call went wrong: then packets may still come in."""
+        torch.cuda.synchronize(self.device)
+        if self.failure.kind == 0:
+            self._heap.release(self._piece)
+
+
+def _transport_option() -> str:
+    chosen = os.environ.get("NVRAR_TRANSPORT") or "auto"
+    if chosen not in TRANSPORTS:
+        raise ArgumentError(f"NVRAR_TRANSPORT is {chosen!r}; it must be {', '.join(TRANSPORTS)}")
+    return chosen
+
+
+def _largest(algorithms: dict[Algorithm, int], packets: Format) -> int:
+    """Bytes of one parity's inbox that covers every algorithm of a format."""
+    needs = [
+        layout.inbox_bytes(a.plan, packets, num_bytes)
+        for a, num_bytes in algorithms.items()
+        if a.packets is packets
+    ]
+    return -(-max(needs, default=0) // heap.GRANULE) * heap.GRANULE

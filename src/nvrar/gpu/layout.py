@@ -1,0 +1,74 @@
+"""Where packets lie: how a message is cut into units, and a rank's inbox into slots.
+
+Pure, and the host's view of csrc/plan.cuh and csrc/packet.cuh. A message is cut into ``num_parts``
+innermost parts of ``num_units`` units; a slot holds one unit as packets. An inbox has ``num_areas`` rows of
+``num_units`` slots, twice: calls alternate between the two by the parity of their epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from nvrar.plan import Plan
+
+KB = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A packet format. ``name`` is the struct in csrc/packet.cuh."""
+
+    name: str
+    threads: int  # that share a unit
+    data_bytes: int  # of the message in a unit
+    slot_bytes: int  # of an inbox for a unit
+    align_bytes: int  # of the message, for the fast kernel
+
+
+LL = Format("LL", 1, 8, 16, 8)
+LL128 = Format("LL128", 32, 960, 1024, 16)
+FORMATS = {f.name: f for f in (LL, LL128)}
+
+
+def num_parts(plan: Plan) -> int:
+    """Innermost parts of a message: the product of the split radices."""
+    return prod(level.radix for level in plan.levels if level.mode == "split")
+
+
+def num_areas(plan: Plan) -> int:
+    """Slots an inbox has for each unit of a part."""
+    areas, inside = 0, num_parts(plan)
+    for level in plan.levels:
+        split = level.mode == "split"
+        inside //= level.radix if split else 1
+        areas += level.radix * inside * (2 if split else 1)
+    return areas
+
+
+def num_units(plan: Plan, packets: Format, num_bytes: int) -> int:
+    """Units in a part of a message of ``num_bytes``."""
+    return -(-num_bytes // (num_parts(plan) * packets.data_bytes))
+
+
+def inbox_bytes(plan: Plan, packets: Format, num_bytes: int) -> int:
+    """Size of the inbox of one parity that a message of ``num_bytes`` needs."""
+    return num_areas(plan) * num_units(plan, packets, num_bytes) * packets.slot_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchShape:
+    blocks: int
+    threads: int
+
+
+def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) -> LaunchShape:
+    """Small blocks and many of them, so that a small message still uses many multiprocessors.
+
+    All blocks must be resident at once, because they wait for each other's peers: ``most_blocks``.
+    """
+    needed = num_units(plan, packets, num_bytes) * packets.threads
+    threads = 128
+    while threads < 512 and needed > threads * 64:
+        threads *= 2
+    return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)
