@@ -66,11 +66,12 @@ class SdpaStep:
         layer_keys, layer_values = self.keys[layer_idx], self.values[layer_idx]
         for span in self.spans:
             rows = slice(span.row, span.row + span.num_new)
-            written = span.start + span.num_cached
-            end = written + span.num_new
-            layer_keys[written:end] = k[rows]
-            layer_values[written:end] = v[rows]
-            keys, values = layer_keys[span.start : end], layer_values[span.start : end]
+            length = span.num_cached + span.num_new
+            # narrow, not a slice: past the cache's end it raises, where a slice would come up short
+            keys = layer_keys.narrow(0, span.start, length)
+            values = layer_values.narrow(0, span.start, length)
+            keys[span.num_cached :] = k[rows]
+            values[span.num_cached :] = v[rows]
             out[rows] = _attend(q[rows], keys, values, span.num_cached)
         return out
 

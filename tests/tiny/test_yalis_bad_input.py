@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused by name, with the remedy, and before any process starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from yalis import LLM, CheckpointError, ConfigError, RequestError, SamplingParams, YalisError
+from yalis.testing import make_checkpoint
+
+Damage = Callable[[Path], object]
+INDEX = "model.safetensors.index.json"
+FIRST = "model-00001-of-00002.safetensors"
+SECOND = "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("sound") / "m", num_hidden_layers=2)
+
+
+@pytest.fixture
+def model(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint to damage, in a process that may not start workers."""
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("yalis.workers.ProcessGroup", forbidden)
+    return Path(shutil.copytree(sound, tmp_path / "m"))
+
+
+def edit(name: str, **changes: Any) -> Damage:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        raw = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in raw.items() if v != "REMOVE"}))
+
+    return damage
+
+
+def write(name: str, content: str | bytes) -> Damage:
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def truncate(name: str, num_bytes: int) -> Damage:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:num_bytes])
+
+
+def change_tensor(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Damage:
+    """Change the shard's first matrix; None takes it out."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / FIRST)
+        name = "model.layers.0.mlp.gate_proj.weight"
+        folder_has = name in tensors
+        if not folder_has:
+            tensors = load_file(folder / SECOND)
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed
+        save_file(tensors, folder / (FIRST if folder_has else SECOND))
+
+    return damage
+
+
+def remap(name: str, file_name: str | None) -> Damage:
+    def damage(folder: Path) -> None:
+        raw = json.loads((folder / INDEX).read_text())
+        raw["weight_map"].pop(name)
+        if file_name:
+            raw["weight_map"][name] = file_name
+        (folder / INDEX).write_text(json.dumps(raw))
+
+    return damage
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}
+
+BROKEN: dict[str, tuple[Damage, str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), r"config.json is missing"),
+    "config not json": (write("config.json", "{"), r"config.json cannot be read as JSON"),
+    "config not an object": (write("config.json", "[]"), r"holds a list, not a JSON object"),
+    "config binary": (write("config.json", b"\xff\xfe\x00"), r"config.json cannot be read"),
+    "generation config": (write("generation_config.json", "x"), r"generation_config.json cannot be"),
+    "no shard": (lambda m: (m / SECOND).unlink(), rf"{SECOND} is missing, though {INDEX}"),
+    "truncated data": (truncate(SECOND, 20_000), rf"{SECOND} \(20000 bytes\) is truncated or damaged"),
+    "truncated header": (truncate(FIRST, 5), rf"{FIRST} \(5 bytes\) is truncated or damaged"),
+    "empty shard": (truncate(FIRST, 0), rf"{FIRST} \(0 bytes\) is truncated or damaged"),
+    "a git-lfs pointer": (write(FIRST, "version https://git-lfs.github.com/spec/v1\n" * 3), FIRST),
+    "index not json": (write(INDEX, "{{"), rf"{INDEX} cannot be read as JSON"),
+    "index without map": (write(INDEX, "{}"), rf'{INDEX} has no "weight_map"'),
+    "index of numbers": (write(INDEX, '{"weight_map": {"a": 1}}'), rf'{INDEX} has no "weight_map"'),
+    "index leads away": (write(INDEX, '{"weight_map": {"a": "../b"}}'), r'has no "weight_map"'),
+    "index lacks tensor": (remap("model.norm.weight", None), r"tensor model.norm.weight is missing"),
+    "index errs": (remap("model.norm.weight", FIRST), r"does not hold tensor model.norm.weight, though"),
+    "no weights": (lambda m: (m / INDEX).unlink(), r"has neither model.safetensors nor"),
+    "wrong shape": (change_tensor(lambda t: t[:5].clone()), r"gate_proj.weight has shape \[5, 128\], "
+                    r"where config.json asks for \[352, 128\]"),
+    "wrong rank": (change_tensor(lambda t: t.flatten()), r"gate_proj.weight has shape \[45056\]"),
+    "wrong dtype": (change_tensor(lambda t: t.to(torch.int8)), r"gate_proj.weight has dtype I8; "
+                    "supported: F16"),
+    "tensor gone": (change_tensor(lambda t: None), r"does not hold tensor model.layers.0.mlp.gate"),
+    "no tied head": (edit("config.json", num_hidden_layers=3), r"tensor model.layers.2.* is missing"),
+    "tokenizer": (write("tokenizer.json", "{}"), r"tokenizer.json cannot be read"),
+    "architecture": (edit("config.json", architectures=["MambaForCausalLM"]),
+                     r"architectures is \['MambaForCausalLM'\].*supported: LlamaForCausalLM"),
+    "no architecture": (edit("config.json", architectures="REMOVE", model_type="gpt2"), "gpt2"),
+    "no hidden size": (edit("config.json", hidden_size="REMOVE"), r"hidden_size is missing"),
+    "size a text": (edit("config.json", hidden_size="big"), r"hidden_size is 'big'"),
+    "no layers": (edit("config.json", num_hidden_layers=0), r"num_hidden_layers is 0"),
+    "kv heads": (edit("config.json", num_key_value_heads=3), r"num_attention_heads is 8, which .* 3"),
+    "odd head_dim": (edit("config.json", head_dim=7), r"head_dim is 7; .* even"),
+    "no head_dim": (edit("config.json", hidden_size=100), r"hidden_size 100 is not a multiple"),
+    "activation": (edit("config.json", hidden_act="gelu"), r"hidden_act is 'gelu'; only 'silu'"),
+    "rope kind": (edit("config.json", rope_scaling={"type": "yarn", "factor": 2}),
+                  r"rope type is 'yarn'; supported: default, linear, llama3"),
+    "rope factor": (edit("config.json", rope_scaling={"type": "linear"}), r"factor is None"),
+    "rope bounds": (edit("config.json", rope_scaling=LLAMA3), r"low_freq_factor 4.0 must be below"),
+    "rope a text": (edit("config.json", rope_scaling="linear"), r"rope scaling is 'linear'"),
+    "flag": (edit("config.json", tie_word_embeddings="yes"), r"tie_word_embeddings is 'yes'"),
+    "dtype": (edit("config.json", torch_dtype="int4"), r"dtype is 'int4'; supported"),
+    "eos": (edit("generation_config.json", eos_token_id="</s>"), r"eos_token_id is '</s>'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_named(name: str, model: Path) -> None:
+    damage, message = BROKEN[name]
+    damage(model)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        LLM(str(model), tensor_parallel_size=2)
+    assert isinstance(caught.value, ValueError)
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"tensor_parallel_size": 3}, r"size 3 does not divide .* 8 attention heads; use one of 1, 2, 4, 8"),
+    ({"tensor_parallel_size": 16}, r"size 16 is more than the model's 8 attention heads"),
+    ({"tensor_parallel_size": 0}, r"tensor_parallel_size is 0; give an integer of at least 1"),
+    ({"tensor_parallel_size": "2"}, r"tensor_parallel_size is '2'"),
+    ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size is 2; only 1"),
+    ({"tensor_parallel_size": 4, "num_nodes": 3}, r"4 is not a multiple of num_nodes 3"),
+    ({"num_nodes": 2}, r"1 is not a multiple of num_nodes 2"),
+    ({"all_reduce": "nccl"}, r"all_reduce is 'nccl'; choose one of nvrar, torch"),
+    ({"all_reduce": "symm-one-shot"}, r"needs CUDA symmetric memory.*use one of nvrar, torch"),
+    ({"tensor_parallel_size": 4, "all_reduce_plan": "split:3"}, r"all_reduce_plan: .*"),
+    ({"tensor_parallel_size": 4, "all_reduce_plan": "fast"}, r"all_reduce_plan: .*"),
+    ({"dtype": "fp8"}, r"dtype is 'fp8'; choose one of auto, float32"),
+    ({"load_format": "gguf"}, r"load_format is 'gguf'"),
+    ({"device": "tpu"}, r"device is 'tpu'"),
+    ({"max_model_len": 4096}, r"max_model_len 4096 is above .* 2048; lower it"),
+    ({"max_model_len": 0}, r"max_model_len is 0"),
+    ({"max_num_seqs": -1}, r"max_num_seqs is -1"),
+    ({"seed": 1.5}, r"seed is 1.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_a_bad_option_is_named(options: dict[str, Any], message: str, model: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM(str(model), **options)
+
+
+def test_more_gpus_than_there_are(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 ranks on this host need a GPU each, and it has 1"):
+        LLM(str(model), tensor_parallel_size=2, device="cuda")
+
+
+def test_key_value_heads_that_can_be_neither_split_nor_replicated(model: Path) -> None:
+    edit("config.json", num_attention_heads=12, num_key_value_heads=3, head_dim=4)(model)
+    with pytest.raises(
+        ConfigError, match=r"size 2 and the model's 3 key-value.*use one of 1, 3, 6, 12"
+    ):
+        LLM(str(model), tensor_parallel_size=2, load_format="dummy")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "config.json"])
+def test_a_path_that_is_no_folder(path: str, model: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder; give the path"):
+        LLM(str(model / path))
+
+
+def test_text_without_a_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with LLM(str(model)) as llm:
+        with pytest.raises(
+            RequestError, match=r"prompt 0 is a text, but .*tokenizer.json is missing"
+        ):
+            llm.generate("x")
+        with pytest.raises(RequestError, match=r"stop strings need .*tokenizer.json"):
+            llm.generate([5], SamplingParams(stop="x"))
+        [output] = llm.generate([5], SamplingParams(max_tokens=3, ignore_eos=True))
+        assert (len(output.token_ids), output.text) == (3, "")
+
+
+SAMPLING: list[dict[str, Any]] = [
+    {"max_tokens": 0}, {"max_tokens": -5}, {"max_tokens": 2.0}, {"max_tokens": None},
+    {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+    {"temperature": "hot"}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0},
+    {"top_p": 1.01}, {"top_p": float("nan")}, {"seed": "x"}, {"seed": 2**63}, {"stop": [""]},
+    {"stop": [3]}, {"stop": ""},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", SAMPLING, ids=str)
+def test_a_bad_sampling_value_is_named(values: dict[str, Any]) -> None:
+    [name] = values
+    with pytest.raises(RequestError, match=rf"{name} is .*; give"):
+        SamplingParams(**values)
+
+
+def test_every_error_is_a_yalis_error_and_tells_where_to_look(model: Path) -> None:
+    (model / SECOND).unlink()
+    with pytest.raises(YalisError, match=str(model / SECOND)):
+        LLM(str(model))

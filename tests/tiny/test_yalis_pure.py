@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that decide without tensors: splits, launchers, the scheduler, the text of growing tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yalis import ConfigError
+from yalis.core import SamplingParams, Sequence
+from yalis.parallel.launcher import Place, detect, first_host
+from yalis.parallel.split import even_split, kv_head_split, padded_split
+from yalis.scheduler import Scheduler, make_batch
+from yalis.testing import make_checkpoint
+from yalis.tokenizer import Detokenizer, Tokenizer
+
+sizes = st.integers(1, 200)
+ranks = st.integers(1, 17)
+
+
+@given(sizes, ranks)
+def test_even_split_covers_everything_once_and_evenly(size: int, num_ranks: int) -> None:
+    parts = [even_split(size, num_ranks, rank) for rank in range(num_ranks)]
+    assert [i for part in parts for i in part] == list(range(size))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(sizes, ranks)
+def test_padded_split_covers_everything_once_with_all_padding_last(
+    size: int, num_ranks: int
+) -> None:
+    parts = [padded_split(size, num_ranks, rank) for rank in range(num_ranks)]
+    [width] = {width for _, width in parts}
+    padded = [[*rows, *[None] * (width - len(rows))] for rows, _ in parts]
+    flat = [i for part in padded for i in part]
+    assert flat[:size] == list(range(size))
+    assert set(flat[size:]) <= {None}
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.booleans())
+def test_every_query_head_finds_its_key_head_on_its_own_rank(
+    a: int, b: int, kv_is_more: bool
+) -> None:
+    num_ranks, num_kv_heads = (a, a * b) if kv_is_more else (a * b, a)
+    num_heads = num_kv_heads * num_ranks  # any multiple of both
+    for rank in range(num_ranks):
+        mine = kv_head_split(num_kv_heads, num_ranks, rank)
+        queries = even_split(num_heads, num_ranks, rank)
+        per_key = len(queries) // len(mine)
+        for place, query in enumerate(queries):
+            assert mine[place // per_key] == query * num_kv_heads // num_heads
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "7",
+}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_NTASKS": "99",
+    "SLURM_STEP_NODELIST": "gpu[007-008],login1",
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_ID": "2",
+}
+
+
+def test_launchers_are_told_from_their_variables() -> None:
+    assert detect({}) is None
+    assert detect(TORCHRUN) == Place(3, 4, 1, "h", 7)
+    assert detect(TORCHRUN | SRUN) == Place(
+        3, 4, 1, "h", 7
+    )  # torchrun inside srun: torchrun's word
+    place = detect(SRUN)
+    assert place is not None
+    assert (place.rank, place.world_size, place.local_rank, place.host) == (5, 8, 1, "gpu007")
+    assert detect(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == Place(
+        0, 8, 0, "gpu007", place.port
+    )
+    assert detect(SRUN | {"SLURM_STEP_ID": "3"}) != place  # another step, another port
+    assert detect(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+def test_a_batch_script_is_no_srun_task() -> None:
+    assert detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "4"}, {"RANK": "-1"}, {"WORLD_SIZE": "x"}, {"MASTER_PORT": ""}]
+)
+def test_contradicting_variables_are_an_error(wrong: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        detect(TORCHRUN | wrong)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[3-5,9]", "n3"),
+        ("a-b[01,04]-x,z", "a-b01-x"),
+        ("h.de", "h.de"),
+    ],
+)
+def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 40), st.integers(20, 100), st.randoms(use_true_random=False)
+)
+def test_the_scheduler_serves_all_within_its_bounds(
+    max_num_seqs: int, max_tokens: int, num_cache_tokens: int, rng: random.Random
+) -> None:
+    scheduler = Scheduler(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        num_cache_tokens=num_cache_tokens,
+    )
+    sequences = []
+    for number in range(rng.randint(1, 12)):
+        num_prompt = rng.randint(1, 19)
+        max_len = rng.randint(num_prompt + 1, 20)
+        ids = tuple(range(num_prompt))
+        sequences.append(Sequence(number, None, ids, SamplingParams(), 0, max_len))
+        scheduler.add(sequences[-1])
+    written: dict[int, set[int]] = {sequence.request_id: set() for sequence in sequences}
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        batch = make_batch(step)
+        assert 0 < len(step) <= max_num_seqs
+        assert len(batch.token_ids) == sum(batch.num_new)
+        if not any(batch.num_cached) and len(step) > 1:
+            assert len(batch.token_ids) <= max_tokens
+        for sequence, new, cached, start in zip(
+            step, batch.num_new, batch.num_cached, batch.starts, strict=True
+        ):
+            cells = set(range(start + cached, start + cached + new))
+            assert max(cells) < num_cache_tokens
+            others = [s for s in sequences if s is not sequence and not s.is_finished]
+            assert all(cells.isdisjoint(written[other.request_id]) for other in others)
+            # What was written before is where this step will look for it.
+            assert written[sequence.request_id] == set(range(start, start + cached))
+            written[sequence.request_id] |= cells
+            sequence.output_token_ids.append(7)
+            if len(sequence) == sequence.max_len or rng.random() < 0.1:
+                sequence.finish_reason = "length"
+        scheduler.collect(step)
+    assert all(sequence.is_finished for sequence in sequences)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(make_checkpoint(tmp_path_factory.mktemp("t"), num_hidden_layers=1))
+
+
+def test_any_text_survives_the_tokenizer_and_grows_piece_by_piece(tokenizer: Tokenizer) -> None:
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(max_size=40))
+    def check(text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        growing = Detokenizer(tokenizer, ids[:1])
+        pieces = [growing.append(token_id) for token_id in ids[1:]]
+        assert "".join(pieces) == text
+        assert tokenizer.decode_after(ids[:1], ids[1:]) == text
+
+    check()
+
+
+def test_no_piece_of_a_character_is_shown(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🙂")
+    growing = Detokenizer(tokenizer, ids[:1])
+    assert [growing.append(token_id) for token_id in ids[1:]] == ["", "", "", "🙂"]
+
+
+def test_a_flood_of_broken_bytes_is_let_out_in_time(tokenizer: Tokenizer) -> None:
+    broken = tokenizer.encode("🙂")[1]  # one byte of four
+    growing = Detokenizer(tokenizer, [0])
+    pieces = [growing.append(broken) for _ in range(100)]
+    assert len("".join(pieces)) > 60
+    assert len(growing._window) < 60
+
+
+def test_make_checkpoint_says_what_it_cannot_make(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size is 100; .* at least 258"):
+        make_checkpoint(tmp_path / "a", vocab_size=100)
+    with pytest.raises(ConfigError, match="num_shards is 99"):
+        make_checkpoint(tmp_path / "b", num_shards=99, num_hidden_layers=1)
