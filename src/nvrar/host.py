@@ -7,6 +7,7 @@ in fp32, and rounded once.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -48,20 +49,27 @@ def wire_type(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype
 def reduce_in_order(contributions: list[Tensor], op: str, divisor: int = 1) -> Tensor:
     """The contributions (equal shapes and dtypes) combined first to last; a new tensor of their dtype.
 
-    16-bit types accumulate in fp32 and are rounded once, at the end. ``divisor`` divides before that.
+    Sums of 16-bit types accumulate in fp32 and are rounded once, at the end; ``divisor`` divides before
+    that, and nan is the one nan of the type. ``max`` and ``min`` keep the first of equals (so of -0.0 and
+    0.0) and the first nan.
     """
     first, *rest = contributions
+    if op in ("max", "min"):
+        # Not torch.maximum: of -0.0 and 0.0 it takes one or the other, depending on the position.
+        best = first.clone()
+        for other in rest:
+            better = other > best if op == "max" else other < best
+            best = torch.where((better | other.isnan()) & ~best.isnan(), other, best)
+        return best
     total = first.to(WIDE.get(first.dtype, first.dtype), copy=True)
     for other in rest:
-        if op == "max":
-            torch.maximum(total, other.to(total.dtype), out=total)
-        elif op == "min":
-            torch.minimum(total, other.to(total.dtype), out=total)
-        else:
-            total += other
+        total += other
     if divisor > 1:
         total /= divisor
-    return total.to(first.dtype)
+    total = total.to(first.dtype)
+    if total.is_floating_point():  # vector loops and their tails round one nan to different ones
+        total.masked_fill_(total.isnan(), math.nan)
+    return total
 
 
 class HostExecutor:

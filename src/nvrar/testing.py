@@ -27,7 +27,7 @@ def reference_all_reduce(
     values = inputs[list(order)].to(wire_type(inputs.dtype, wire_dtype))
     for i, radix in enumerate(plan.radices):
         # Once a digit is summed its members hold the same, so one of them stands for all.
-        grouped = values.reshape(-1, radix, *values.shape[1:])
+        grouped = values.reshape(len(values) // radix, radix, *values.shape[1:])
         divisor = plan.world_size if op == "avg" and i == len(plan.radices) - 1 else 1
         values = reduce_in_order(list(grouped.unbind(1)), op, divisor)
     return values[0].to(inputs.dtype)
