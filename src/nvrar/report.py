@@ -63,7 +63,7 @@ def picture(measurements: Sequence[Measurement], provenance: Mapping[str, Any], 
     # Here, for it takes a second to import; and no pyplot, which would keep figures for the process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -93,6 +93,7 @@ def picture(measurements: Sequence[Measurement], provenance: Mapping[str, Any], 
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_size(size)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda t, _: format_time(t)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a decade may be all there is
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("message size")
     axes.set_ylabel("time of one all-reduce (median, 10-90 % band)")
