@@ -85,7 +85,7 @@ class ModelConfig:
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and no "
                 "head_dim is given; add head_dim"
             )
-        if raw.get("hidden_act", "silu") != "silu":
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ConfigError(
                 f"{where}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported"
             )

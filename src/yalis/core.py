@@ -35,8 +35,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
+            raise RequestError(f"stop is {self.stop!r}; give a non-empty text or a list of them")
+        object.__setattr__(self, "stop", tuple(stop))
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens!r}; give an integer of at least 1")
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -53,8 +55,6 @@ class SamplingParams:
             not _is_int(self.seed) or not -_SEED_BOUND <= self.seed < _SEED_BOUND
         ):
             raise RequestError(f"seed is {self.seed!r}; give a 64-bit signed integer or None")
-        if not all(isinstance(text, str) and text for text in stop):
-            raise RequestError(f"stop is {self.stop!r}; give non-empty strings")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | PathLike[str],
         *,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,

@@ -39,7 +39,8 @@ def probabilities(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
     columns = [[d.temperature, d.top_k or logits.shape[-1], d.top_p] for d in draws]
     settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)
-    scaled = logits.double() / settings[:, :1]
+    # The maximum becomes 0 before the division, so that no temperature is too small for it.
+    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / settings[:, :1]
     if any(draw.top_k or draw.top_p < 1 for draw in draws):
         ranked = scaled.sort(dim=-1, descending=True).values
         places = torch.arange(ranked.shape[-1], device=logits.device)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,12 @@ def test_an_error_is_one_line_and_status_two(
     assert err.startswith("yalis: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_no_module_of_ours_needs_transformers() -> None:
+    code = "import sys, yalis, yalis.cli, yalis.worker; print('transformers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_verbose_shows_where_it_came_from(capsys: pytest.CaptureFixture[str]) -> None:

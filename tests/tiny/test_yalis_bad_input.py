@@ -209,6 +209,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": "hot"}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0},
     {"top_p": 1.01}, {"top_p": float("nan")}, {"seed": "x"}, {"seed": 2**63}, {"stop": [""]},
     {"stop": [3]}, {"stop": ""},
+    {"stop": 5},
 ]  # fmt: skip
 
 

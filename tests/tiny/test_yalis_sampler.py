@@ -92,6 +92,8 @@ def test_extreme_logits_never_give_an_impossible_token() -> None:
     logits[:, 4] = 1e4
     draws = [draw(temperature=1e-3, seed=row) for row in range(300)]
     assert (sample(logits, draws) == 4).all()
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(4))
+    assert sample(logits, [draw(temperature=5e-324)]) == logits.argmax()
 
 
 def test_uniforms_stay_in_range_and_streams_do_not_meet() -> None:
