@@ -29,7 +29,7 @@ Mode = Literal["exchange", "split"]
 Span = tuple[int, int]  # first element and one past the last
 PLAN_NAMES = ("nvrar", "one-shot", "two-shot", "direct", "halving-doubling")
 IDENTITY = "identity"  # the word of the plan of one rank: no levels
-_LEVEL = re.compile(rf"({'|'.join(get_args(Mode))}):(\d+)")
+_LEVEL = re.compile(rf"({'|'.join(get_args(Mode))}):([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,9 @@ class Plan:
     """An all-reduce algorithm, as levels. ``str(plan)`` is its word and ``Plan.parse`` reads it back."""
 
     levels: tuple[Level, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # plans are keys of caches
 
     @property
     def world_size(self) -> int:
