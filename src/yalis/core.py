@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nouns: what a user asks (SamplingParams), what is being worked on (Sequence), what one step computes
-(Batch), and what the user gets (RequestOutput). Pure Python: the scheduler and its tests need no torch.
+"""The nouns: what a user asks (Request), what is being worked on (Sequence), what one step computes (Batch),
+and what the user gets (RequestOutput). Pure Python: the scheduler and its tests need no torch.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it, checked against the model."""
+
+    prompt: str | None  # None when the user gave token ids
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
 class Draw:
     """What the sampler must know to draw one token: no state, so a step can be repeated on any rank."""
 
@@ -101,22 +110,18 @@ class Sequence:
     """One request under way. Its counters are the only truth about how far it has come."""
 
     request_id: int
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
+    request: Request
     seed: int
     max_len: int  # prompt and output together never grow past this
-    start: int = (
-        -1
-    )  # where its keys and values begin in the cache; set by the scheduler on admission
-    num_cached: int = 0  # tokens whose keys and values are in the cache; advanced by the scheduler
+    start: int = -1  # of its keys and values in the cache; set by the scheduler on admission
+    num_cached: int = 0  # tokens whose keys and values are there; advanced by the scheduler
     output_token_ids: list[int] = field(default_factory=list)
     text: str = ""  # grown by the engine while there are stop strings to look for
     stopped_text: str | None = None  # the text before the stop string that came up
     finish_reason: FinishReason | None = None
 
     def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.request.token_ids) + len(self.output_token_ids)
 
     @property
     def is_finished(self) -> bool:
@@ -124,13 +129,13 @@ class Sequence:
 
     def pending_token_ids(self) -> list[int]:
         """The tokens that the cache does not hold yet: the prompt at first, then the last drawn token."""
-        num_prompt = len(self.prompt_token_ids)
-        if self.num_cached >= num_prompt:
-            return self.output_token_ids[self.num_cached - num_prompt :]
-        return [*self.prompt_token_ids[self.num_cached :], *self.output_token_ids]
+        prompt = self.request.token_ids
+        if self.num_cached >= len(prompt):
+            return self.output_token_ids[self.num_cached - len(prompt) :]
+        return [*prompt[self.num_cached :], *self.output_token_ids]
 
     def draw(self) -> Draw:
-        p = self.params
+        p = self.request.params
         return Draw(p.temperature, max(p.top_k, 0), p.top_p, self.seed, len(self.output_token_ids))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from yalis.core import Batch, FinishReason, RequestOutput, SamplingParams, Sequence
+from yalis.core import Batch, Request, RequestOutput, Sequence
 from yalis.sampler import request_seed
 from yalis.scheduler import Scheduler, make_batch
 from yalis.tokenizer import Detokenizer, Tokenizer
@@ -22,9 +22,13 @@ class Executor(Protocol):
         """Raise unless every process that drives this executor's ranks passes the same bytes."""
         ...
 
-    def describe_all_reduce(self) -> dict[str, Any]: ...
+    def describe_all_reduce(self) -> dict[str, Any]:
+        """What rank 0's all-reduce says of itself."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the ranks. The executor is not used again."""
+        ...
 
 
 class Engine:
@@ -56,15 +60,18 @@ class Engine:
         """How many more tokens the requests under way can ask for; they may stop earlier."""
         return self._scheduler.num_tokens_to_draw
 
-    def add(self, prompt: str | None, token_ids: tuple[int, ...], params: SamplingParams) -> int:
-        """Queue a checked prompt; returns the request's number, by which its output is known."""
-        request_id = self._num_requests
+    def add(self, request: Request) -> int:
+        """Queue a checked request; returns its number, by which its output is known.
+
+        Raises RequestError when it could never fit the cache; the others are unharmed.
+        """
+        request_id, params = self._num_requests, request.params
         seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
-        max_len = min(len(token_ids) + params.max_tokens, self._max_model_len)
-        self._scheduler.add(Sequence(request_id, prompt, token_ids, params, seed, max_len))
+        max_len = min(len(request.token_ids) + params.max_tokens, self._max_model_len)
+        self._scheduler.add(Sequence(request_id, request, seed, max_len))
         self._num_requests += 1
         if self._tokenizer and params.stop_strings:
-            self._detokenizers[request_id] = Detokenizer(self._tokenizer, token_ids)
+            self._detokenizers[request_id] = Detokenizer(self._tokenizer, request.token_ids)
         return request_id
 
     def step(self) -> dict[int, RequestOutput]:
@@ -83,7 +90,7 @@ class Engine:
     def _append(self, sequence: Sequence, token_id: int) -> None:
         sequence.output_token_ids.append(token_id)
         self.num_drawn_tokens += 1
-        is_eos = token_id in self._eos_token_ids and not sequence.params.ignore_eos
+        is_eos = token_id in self._eos_token_ids and not sequence.request.params.ignore_eos
         if self._append_text(sequence, token_id) or is_eos:
             sequence.finish_reason = "stop"
         elif len(sequence) >= sequence.max_len:
@@ -97,7 +104,7 @@ class Engine:
         num_before = len(sequence.text)
         sequence.text += detokenizer.append(token_id)
         hits = []
-        for stop in sequence.params.stop_strings:
+        for stop in sequence.request.params.stop_strings:
             # It may have begun in earlier tokens, but must end in this one's text.
             found = sequence.text.find(stop, max(0, num_before - len(stop) + 1))
             if found >= 0:
@@ -110,14 +117,13 @@ class Engine:
         self._detokenizers.pop(sequence.request_id, None)
         text = sequence.stopped_text
         if text is None and self._tokenizer:
-            ids = sequence.prompt_token_ids, sequence.output_token_ids
-            text = self._tokenizer.decode_after(*ids)
-        reason: FinishReason | None = sequence.finish_reason
-        assert reason is not None  # the scheduler returns only the finished
+            prompt_token_ids = sequence.request.token_ids
+            text = self._tokenizer.decode_after(prompt_token_ids, sequence.output_token_ids)
+        assert sequence.finish_reason is not None  # the scheduler returns only the finished
         return RequestOutput(
-            prompt=sequence.prompt,
-            prompt_token_ids=sequence.prompt_token_ids,
+            prompt=sequence.request.prompt,
+            prompt_token_ids=sequence.request.token_ids,
             text=text or "",
             token_ids=tuple(sequence.output_token_ids),
-            finish_reason=reason,
+            finish_reason=sequence.finish_reason,
         )

@@ -7,20 +7,19 @@ import hashlib
 from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from yalis.config import ModelConfig
 from yalis.core import RequestOutput, SamplingParams
 from yalis.engine import Engine
-from yalis.errors import RequestError, YalisError
+from yalis.errors import YalisError
 from yalis.executor import make_executor
 from yalis.options import EngineOptions
+from yalis.requests import Prompt, check_requests
 from yalis.runner import check_checkpoint
 from yalis.scheduler import Scheduler
 from yalis.tokenizer import Tokenizer
 from yalis.weights.loader import Progress
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
@@ -112,16 +111,18 @@ class LLM:
         """
         if self._is_closed:
             raise YalisError("this LLM is closed; make a new one")
-        checked = [self._checked(i, prompt) for i, prompt in enumerate(_as_list(prompts))]
-        params = _per_prompt(sampling_params, len(checked))
-        if self.tokenizer is None and any(p.stop_strings for p in params):
-            raise RequestError(
-                f"stop strings need {self.options.model}/tokenizer.json, which is missing"
-            )
-        self._executor.agree(hashlib.sha256(repr((checked, params)).encode()).digest())
+        requests = check_requests(
+            prompts,
+            sampling_params,
+            tokenizer=self.tokenizer,
+            folder=self.options.model,
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        self._executor.agree(hashlib.sha256(repr(requests).encode()).digest())
         outputs: dict[int, RequestOutput] = {}
         try:
-            ids = [self.engine.add(*prompt, p) for prompt, p in zip(checked, params, strict=True)]
+            ids = [self.engine.add(request) for request in requests]
             first, most = self.engine.num_drawn_tokens, self.engine.num_tokens_to_draw
             while self.engine.has_work:
                 outputs |= self.engine.step()
@@ -152,62 +153,3 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _checked(self, idx: int, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
-        text = prompt if isinstance(prompt, str) else None
-        if text is None:
-            if not isinstance(prompt, (list, tuple)):
-                raise RequestError(
-                    f"prompt {idx} is {prompt!r}; give a text or a list of token ids"
-                )
-            token_ids = tuple(prompt)
-        elif self.tokenizer is None:
-            raise RequestError(
-                f"prompt {idx} is a text, but {self.options.model}/tokenizer.json is missing; add it, or "
-                "give token ids"
-            )
-        else:
-            token_ids = tuple(self.tokenizer.encode(text)) if text else ()
-        if not token_ids:
-            raise RequestError(f"prompt {idx} is empty; give at least one token")
-        for token_id in token_ids:
-            if not _is_int(token_id) or not 0 <= token_id < self.config.vocab_size:
-                raise RequestError(
-                    f"prompt {idx} has token id {token_id!r}; give integers from 0 to "
-                    f"{self.config.vocab_size - 1}, the model's vocabulary"
-                )
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"prompt {idx} has {len(token_ids)} tokens, which leaves no room for output within "
-                f"max_model_len {self.max_model_len}; shorten it or raise max_model_len (the model allows "
-                f"{self.config.max_position_embeddings})"
-            )
-        return text, token_ids
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, (list, tuple)):
-        raise RequestError(
-            f"prompts is a {type(prompts).__name__}; give a text, a list of token ids, or a list of these"
-        )
-    if prompts and all(map(_is_int, prompts)):
-        return [cast("Sequence[int]", prompts)]
-    return cast("list[Prompt]", list(prompts))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _per_prompt(
-    given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * num_prompts
-    if len(given) != num_prompts:
-        raise RequestError(
-            f"{len(given)} sampling_params for {num_prompts} prompts; give one for all or one for each"
-        )
-    return list(given)

@@ -59,6 +59,11 @@ class EngineOptions:
                 f"yet; use one of {', '.join(ALL_REDUCES)}"
             )
         _require_one_of("all_reduce", self.all_reduce, ALL_REDUCES)
+        if self.all_reduce_plan != "auto" and self.all_reduce != "nvrar":
+            raise ConfigError(
+                f"all_reduce_plan is {self.all_reduce_plan!r}, but all_reduce is {self.all_reduce!r}, "
+                'which follows no plan; use all_reduce="nvrar" or leave the plan out'
+            )
         _require_one_of("dtype", self.dtype, ("auto", *DTYPES))
         _require_one_of("load_format", self.load_format, LOAD_FORMATS)
         _require_one_of("device", self.device, DEVICES)

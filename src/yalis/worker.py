@@ -7,6 +7,7 @@ dies, and a thread waits for the end of standard input, which only the driver ho
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -39,7 +40,8 @@ def main() -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the driver is gone: nobody is left to tell
     except BaseException as error:
-        connection.send(Failed.of(error))
+        with contextlib.suppress(OSError):
+            connection.send(Failed.of(error))
         # Not by returning: the exit handlers of a broken process group may wait for dead peers.
         os._exit(1)
 

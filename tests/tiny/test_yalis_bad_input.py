@@ -154,6 +154,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"all_reduce": "symm-one-shot"}, r"needs CUDA symmetric memory.*use one of nvrar, torch"),
     ({"tensor_parallel_size": 4, "all_reduce_plan": "split:3"}, r"all_reduce_plan: .*"),
     ({"tensor_parallel_size": 4, "all_reduce_plan": "fast"}, r"all_reduce_plan: .*"),
+    ({"all_reduce": "torch", "all_reduce_plan": "nvrar"}, r"all_reduce_plan is 'nvrar', but"),
     ({"dtype": "fp8"}, r"dtype is 'fp8'; choose one of auto, float32"),
     ({"load_format": "gguf"}, r"load_format is 'gguf'"),
     ({"device": "tpu"}, r"device is 'tpu'"),

@@ -138,6 +138,9 @@ def test_what_is_no_prompt_at_all(llm: LLM, prompts: object) -> None:
 def test_wrong_number_of_params(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
         llm.generate(["x"], [GREEDY, GREEDY])
+    for wrong in ([{"max_tokens": 3}], {"max_tokens": 3}, 3):
+        with pytest.raises(RequestError, match="give SamplingParams, or a list of them"):
+            llm.generate(["x"], wrong)  # type: ignore[arg-type]
 
 
 def test_a_request_that_can_never_fit_the_cache_is_refused_alone(model: str) -> None:

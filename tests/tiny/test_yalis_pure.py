@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yalis import ConfigError
-from yalis.core import SamplingParams, Sequence
+from yalis.core import Request, SamplingParams, Sequence
 from yalis.parallel.launcher import Place, detect, first_host
 from yalis.parallel.split import even_split, kv_head_split, padded_split
 from yalis.scheduler import Scheduler, make_batch
@@ -132,7 +132,7 @@ def test_the_scheduler_serves_all_within_its_bounds(
         num_prompt = rng.randint(1, 19)
         max_len = rng.randint(num_prompt + 1, 20)
         ids = tuple(range(num_prompt))
-        sequences.append(Sequence(number, None, ids, SamplingParams(), 0, max_len))
+        sequences.append(Sequence(number, Request(None, ids, SamplingParams()), 0, max_len))
         scheduler.add(sequences[-1])
     written: dict[int, set[int]] = {sequence.request_id: set() for sequence in sequences}
     while scheduler.has_work:
