@@ -45,6 +45,11 @@ def seat(environment: Mapping[str, str]) -> Seat | None:
         ArgumentError: a launcher's variable is missing or malformed.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
+        if not environment.get("MASTER_ADDR") or not environment.get("MASTER_PORT"):
+            raise ArgumentError(
+                "RANK and WORLD_SIZE are set, but not where the ranks meet: set MASTER_ADDR and "
+                "MASTER_PORT too, as torchrun does, or unset RANK to start without a launcher"
+            )
         return Seat(
             "torchrun",
             _number(environment, "RANK"),
@@ -125,7 +130,9 @@ def start_local_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # A worker says itself what went wrong; the agent's account of which process it ended helps nobody.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     defaults = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}
     assignments = [f"{name}={value}" for name, value in {**defaults, **(variables or {})}.items()]
     with tempfile.TemporaryDirectory(prefix="nvrar-") as log_dir:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,6 +221,22 @@ def test_the_command_joins_torchrun_and_only_one_rank_complains() -> None:
     assert done.returncode != 0
     assert done.stdout == ""
     assert done.stderr.count("nvrar: plan 'split:5' is for 5 ranks, the group has 2") == 1
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_that_nobody_joins_gives_up(alone: int) -> None:
+    place = {"RANK": str(alone), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env = {**os.environ, **place, "MASTER_PORT": str(_free_port())}
+    done = nvrar("bench", "--timeout", "2", env=env)
+    assert done.returncode == 1
+    # Above it c10d may have logged its own account.
+    assert done.stderr.splitlines()[-1].startswith(f"nvrar: rank {alone} of 2 (by torchrun) met no")
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def test_workers_do_not_outlive_the_command() -> None:

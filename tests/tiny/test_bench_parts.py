@@ -132,7 +132,10 @@ def test_settings_refuse_what_cannot_be_measured() -> None:
     [
         ({}, None),
         (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0"},
+            {
+                "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0",
+                "MASTER_ADDR": "a", "MASTER_PORT": "1",
+            },
             Seat("torchrun", 3, 4, 1, "env://"),
         ),
         (
@@ -160,7 +163,9 @@ def test_seats_are_read_from_the_environment(variables: dict, expected: Seat | N
 
 def test_malformed_seats_are_refused() -> None:
     with pytest.raises(ArgumentError, match="RANK is 'x'"):
-        seat({"RANK": "x", "WORLD_SIZE": "4"})
+        seat({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    with pytest.raises(ArgumentError, match="MASTER_PORT"):
+        seat({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a"})
     with pytest.raises(ArgumentError, match="MASTER_ADDR"):
         seat({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
 

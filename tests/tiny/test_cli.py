@@ -49,7 +49,8 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_info_reads_the_launchers_layout(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**variables, "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert main(["info"]) == 0
     out = capsys.readouterr().out
@@ -127,6 +128,7 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("bench --dtype int32 --op avg", ["avg", "int32", "floating"]),
         ("bench --warmup -1", ["warmup", "-1", "at least 0"]),
         ("bench --iterations 0", ["--iterations", "'0'"]),
+        ("bench --device cuda --nodes 99", ["198 ranks", "GPU each", "--device cpu"]),
         ("bench --plot x.gif", ["x.gif", ".svg"]),
         ("bench --json /nowhere/x.jsonl", ["/nowhere/x.jsonl", "directory"]),
         ("tune", ["tune", "bench"]),

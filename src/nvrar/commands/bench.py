@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
@@ -58,6 +59,11 @@ def _start(options: argparse.Namespace, request: Request) -> int:
     refusal = request.check_paths()
     if refusal:
         raise ArgumentError(refusal)
+    if options.device == "cuda" and topology.world_size > torch.cuda.device_count():
+        raise ArgumentError(
+            f"{topology.world_size} ranks need a GPU each, and torch sees {torch.cuda.device_count()} "
+            "here; give a smaller --nodes or --ranks-per-node, or --device cpu"
+        )
     num_cores = len(os.sched_getaffinity(0))
     if topology.world_size > num_cores:
         print(
