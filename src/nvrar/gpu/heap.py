@@ -163,8 +163,6 @@ def _new_unique_id(nvshmem) -> str:  # type: ignore[no-untyped-def]
 
 def _initialise(nvshmem, rank: int, num_ranks: int, encoded: str) -> None:  # type: ignore[no-untyped-def]
     _prefer_given_interface()
-    # NVSHMEM's own host collectives would otherwise make NCCL communicators of their own.
-    os.environ.setdefault("NVSHMEM_DISABLE_NCCL", "1")
     raw = base64.b64decode(encoded)
     unique_id = nvshmem.uniqueid()
     ctypes.memmove(unique_id.ptr, raw, len(raw))
