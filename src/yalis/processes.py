@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 import time
@@ -54,14 +55,16 @@ class ProcessGroup:
         """The exit codes of those that ended by themselves, by index; negative is a signal's number."""
         return self._family.own_exits()
 
+    def await_exit(self, idx: int, timeout_s: float) -> None:
+        """Wait until one has ended, but no longer than that."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.processes[idx].wait(timeout_s)
+
     def wait(self, timeout_s: float) -> None:
         """Wait until all have ended, but no longer than that; then kill the rest."""
         deadline_s = time.monotonic() + timeout_s
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                break
+        for idx in range(len(self.processes)):
+            self.await_exit(idx, max(0.0, deadline_s - time.monotonic()))
         self.kill()
 
     def kill(self) -> None:

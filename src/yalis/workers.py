@@ -153,10 +153,11 @@ class WorkerGroup:
                 break  # a signal explains everything else
             for connection in _wait(list(silent), left_s):
                 message = _receive_one(connection)
-                if message is None or isinstance(message, Failed):
-                    rank = silent.pop(connection)
-                    if message:
-                        words[rank] = message
+                if isinstance(message, Failed):
+                    words[silent.pop(connection)] = message
+                elif message is None:
+                    # A dying process closes its connection a moment before it can be waited for.
+                    self._group.await_exit(silent.pop(connection), left_s)
         self._end()
         self._failure = WorkerError(_describe(words, self._group.own_exits(), self.pids))
         return self._failure
@@ -210,7 +211,9 @@ def _check(options: EngineOptions) -> None:
 
 def _worker_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """torchrun's variables, and room for all ranks on this host's cores."""
-    num_threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    has_affinity = hasattr(os, "sched_getaffinity")  # where it has, a job may own few of the cores
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    num_threads = max(1, num_cores // num_ranks)
     root = Path(__file__).parents[1]
     path = env.get("PYTHONPATH", "")
     if root.name not in (
