@@ -223,6 +223,10 @@ class Communicator:
             peer = None if lost.position is None else self.topology.rank_at(lost.position)
             report = Report(self._epoch, call, peer, lost.reason, lost.timed_out, lost.level)
             self._end(report, deadline, lost)
+        except ValueError as error:  # what torch says of a group that it no longer knows
+            if not is_destroyed(self.group):
+                raise
+            self._end(Report(self._epoch, call), deadline, error)
 
     def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str, deadline: float) -> None:
         if reason not in self._warned:
@@ -245,6 +249,8 @@ class Communicator:
             work.wait(timedelta(seconds=max(left, 0.001)))
         except (RuntimeError, ValueError) as error:
             text = str(error).splitlines()[0][:200]
+            if is_destroyed(self.group):
+                self._end(Report(self._epoch, call), deadline, error)
             if isinstance(error, ValueError) or any(word in text.lower() for word in _UNSUPPORTED):
                 raise ArgumentError(
                     f"torch.distributed.all_reduce does not take {x.dtype} ({op}) on this process "

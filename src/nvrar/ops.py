@@ -2,7 +2,8 @@
 
 ``torch.ops.nvrar.all_reduce(x, comm, op)`` gives a new tensor, ``torch.ops.nvrar.all_reduce_`` works in
 place; ``comm`` is ``Communicator.name``. User code calls :meth:`Communicator.all_reduce`, which turns
-into these when it is compiled.
+into these when it is compiled. A compiled program leaves out an ``all_reduce`` whose result it does
+not use; all ranks must therefore compile the same program, as they must make the same calls.
 """
 
 from __future__ import annotations
