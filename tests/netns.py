@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 _SUBNET = "10.77.0"  # seen by nobody outside the namespaces
 _SWITCH = "switch"
@@ -37,10 +37,20 @@ def why_not() -> str:
         if shutil.which(tool) is None:
             return f"needs the command {tool}"
     probe = f"nvrar{os.getpid()}-probe"
-    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if done.returncode:
-        return f"ip netns add: {done.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", probe], check=False)
+    inside = f"ip netns exec {probe}"
+    try:
+        for command in (
+            f"ip netns add {probe}",
+            f"{inside} ip link add br0 type bridge",
+            f"{inside} ip link add eth0 type veth peer name far",
+            f"{inside} tc qdisc add dev eth0 root tbf rate 1mbit burst 10kb latency 10ms",
+            f"{inside} unshare --uts hostname probe",
+        ):
+            _call(command.split())
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        _call(["ip", "netns", "del", probe], may_fail=True)
     return ""
 
 
@@ -198,6 +208,13 @@ def _call(command: Sequence[str], may_fail: bool = False) -> None:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
+def _leave(number: int, frame: object) -> NoReturn:
+    """Ends this process in the ordinary way, so that everything is taken down, and that undisturbed."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs a command on several hosts made here.")
     parser.add_argument("--hosts", type=int, default=2)
@@ -208,7 +225,8 @@ def main() -> int:
     if reason:
         print(f"netns: {reason}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is taken down
+    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)
     with Hosts(options.hosts, options.rate) as hosts:
         started = [hosts.start(host, options.command) for host in range(options.hosts)]
         return max(process.wait() for process in started)

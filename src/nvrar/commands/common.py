@@ -66,7 +66,8 @@ def exit_code(error: NvrarError) -> int:
 
 def complain(error: NvrarError) -> int:
     """Says on stderr, in one line, what went wrong; the exit code for it."""
-    print(f"nvrar: {error}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"nvrar: {error}\n")  # in one piece: several ranks may write to one terminal
+    sys.stderr.flush()
     return exit_code(error)
 
 

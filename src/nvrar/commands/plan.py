@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     table.add_column("plan")
     table.add_column("name")
-    for heading in ("predicted", "steps", "cross-node bytes a rank"):
+    for heading in ("predicted", "steps", "cross-node wire bytes a rank"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
