@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvrar.contenders import Contender
+from nvrar.contenders import Contender, lost
 from nvrar.cost import Machine, time_us
 from nvrar.errors import ArgumentError
 from nvrar.host import OPS
@@ -177,7 +177,7 @@ def _measure_size(
         for i in order:
             samples[i] += _timed_calls(group, entrants[i], x, source, settings, settings.iterations)
     longest = torch.tensor(samples, dtype=torch.float64, device=settings.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
+    _together(group, longest)
     found = []
     for entrant, earlier, times_us in zip(entrants, before, longest.tolist(), strict=True):
         fallbacks = Counter(entrant.fallbacks()) - earlier
@@ -203,7 +203,7 @@ def _timed_calls(
     """Microseconds of each of ``num_calls`` calls on this rank, after all ranks have come."""
     on_gpu = settings.device == "cuda"
     times_us = []
-    dist.barrier(group)
+    _together(group, torch.zeros(1, device=settings.device))  # a barrier
     for _ in range(num_calls):
         x.copy_(
             source
@@ -216,3 +216,11 @@ def _timed_calls(
             torch.cuda.synchronize()
         times_us.append((time.perf_counter_ns() - start) / 1e3)
     return times_us
+
+
+def _together(group: dist.ProcessGroup, x: Tensor) -> None:
+    """``x`` becomes the maximum over the ranks."""
+    try:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    except RuntimeError as error:
+        raise lost(group, error) from error

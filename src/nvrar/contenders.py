@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvrar.communicator import Communicator
+from nvrar.errors import PeerTimeout
 from nvrar.plan import Plan
 from nvrar.topology import Topology
 
@@ -33,6 +34,16 @@ class Contender(Protocol):
         """How many calls so far something else did instead, by reason."""
 
 
+def lost(group: dist.ProcessGroup, error: RuntimeError) -> PeerTimeout:
+    """The error to raise for one of torch's collectives, which do not say who is missing."""
+    return PeerTimeout(
+        f"rank {group.rank()} lost another rank in torch.distributed: {str(error).splitlines()[0]}; look "
+        "first at what the other ranks said",
+        rank=group.rank(),
+        peers=(),
+    )
+
+
 class TorchContender:
     """``torch.distributed.all_reduce``: gloo for CPU tensors, NCCL for CUDA tensors."""
 
@@ -42,7 +53,10 @@ class TorchContender:
         self._group = group
 
     def all_reduce(self, x: Tensor, op: str) -> None:
-        dist.all_reduce(x, _TORCH_OPS.get(op, dist.ReduceOp.SUM), group=self._group)
+        try:
+            dist.all_reduce(x, _TORCH_OPS.get(op, dist.ReduceOp.SUM), group=self._group)
+        except RuntimeError as error:
+            raise lost(self._group, error) from error
         if op == "avg":  # gloo has no AVG
             x /= self._group.size()
 

@@ -37,7 +37,8 @@ def provenance(
     command: Sequence[str],
     machine: Machine | None = None,
 ) -> dict[str, Any]:
-    """Everything about a run that is not a number of it, as JSON can carry it. Collective over ``group``."""
+    """Everything about a run that is not a number of it, as JSON can carry it; the environment is this
+    rank's. Collective over ``group``."""
     hosts = exchange_values(group, "provenance", host(settings.device), settings.timeout_s)
     commit, is_dirty = checkout()
     return {

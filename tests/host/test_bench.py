@@ -165,6 +165,27 @@ def alive(mark: str) -> Sequence[int]:
     return found
 
 
+def workers_of(command: subprocess.Popen[str], mark: str, num_workers: int) -> Sequence[int]:
+    """The workers' process ids, once all have their imports behind them (they open sockets then)."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and command.poll() is None:
+        workers = [pid for pid in alive(mark) if pid != command.pid]
+        if len(workers) == num_workers and all(_has_sockets(pid) for pid in workers):
+            return workers
+        time.sleep(0.1)
+    raise AssertionError(
+        f"{num_workers} workers did not start; the command ended: {command.poll()}"
+    )
+
+
+def _has_sockets(pid: int) -> bool:
+    try:
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:  # it ended, or a descriptor was closed meanwhile
+        return False
+    return any(link.startswith("socket:") for link in links)
+
+
 def test_the_command_starts_its_workers_and_writes_all_it_knows(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     quick = ["--iterations", "2", "--rounds", "2", "--warmup", "1", "--predict"]
@@ -239,6 +260,25 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def test_a_killed_worker_ends_it_with_a_line() -> None:
+    mark = f"--iterations={2 * 10**6 + os.getpid()}"
+    command = subprocess.Popen(
+        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", "--plans=", mark],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        workers = workers_of(command, mark, 2)
+        time.sleep(1)  # into the measuring, with luck; wherever it is, it must end
+        os.kill(workers[-1], signal.SIGKILL)
+        error = command.communicate(timeout=90)[1]
+        assert command.returncode == 128 + signal.SIGKILL
+        assert "Traceback" not in error
+        assert alive(mark) == []
+    finally:
+        for pid in alive(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_workers_do_not_outlive_the_command() -> None:
     mark = f"--iterations={10**6 + os.getpid()}"
     command = subprocess.Popen(
@@ -246,11 +286,8 @@ def test_workers_do_not_outlive_the_command() -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 60
-        while len(alive(mark)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(alive(mark)) == 3  # the command and two workers
-        time.sleep(2)
+        workers_of(command, mark, 2)
+        time.sleep(1)
         command.send_signal(signal.SIGTERM)
         assert command.wait(timeout=60) == 128 + signal.SIGTERM
         assert alive(mark) == []

@@ -126,7 +126,8 @@ def test_on_slow_links_a_hierarchical_plan_beats_the_flat_ones(tmp_path: Path) -
     with Hosts(2, rate="100mbit") as hosts:
         outputs = hosts.run(torchrun([2, 2], *bench))
     rows = {row["contender"]: row for row in json_lines([rows_path.read_text()])}
-    time_us = {name: row["median_us"] for name, row in rows.items()}
+    # The least of the times: the link bounds it from below, and a busy machine only the others.
+    time_us = {name: row["min_us"] for name, row in rows.items()}
     assert rows["auto"]["plan"] == "split:2 exchange:2"  # chosen by the description of the machine
     assert time_us["two-shot"] > 1.4 * time_us["auto"]
     assert time_us["one-shot"] > 2 * time_us["auto"]

@@ -148,3 +148,36 @@ def test_what_cannot_work_is_one_line(
     assert captured.err.count("\n") == 1
     for word in says:
         assert word in captured.err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, str]]]:
+    """What ``nvrar bench`` would start, instead of starting it."""
+    calls: list[tuple[int, dict[str, str]]] = []
+
+    def start(num_workers: int, command: list[str], variables: dict[str, str]) -> int:
+        calls.append((num_workers, variables))
+        return 7
+
+    monkeypatch.setattr("nvrar.commands.bench.start_local_workers", start)
+    return calls
+
+
+def test_more_ranks_than_cores_are_warned_of(
+    started: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--nodes", "50", "--ranks-per-node", "40"]) == 7
+    assert started == [(2000, {"NVRAR_RANKS_PER_NODE": "40"})]
+    assert "2000 ranks share" in capsys.readouterr().err
+
+
+def test_a_bench_plays_the_nodes_that_the_environment_says(
+    started: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NVRAR_RANKS_PER_NODE", "3")
+    assert main(["bench"]) == 7
+    assert main(["bench", "--ranks-per-node", "1"]) == 7
+    assert [num_workers for num_workers, _ in started] == [6, 2]
+    monkeypatch.setenv("NVRAR_RANKS_PER_NODE", "many")
+    assert main(["bench"]) == 2
+    assert "'many'" in capsys.readouterr().err
