@@ -363,3 +363,30 @@ def test_integers_are_exact() -> None:
         inputs = inputs_for(12, 100, dtype, seed=4)
         for plan in Plan.all(Topology(3, 4)):
             assert torch.equal(reference_all_reduce(inputs, plan), inputs.sum(0).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("word", "inputs", "want"),
+    [
+        # In fp32, 1 is lost beside 1e8: what is left tells the order.
+        ("exchange:3", [1.0, 1e8, -1e8], 0.0),
+        ("exchange:3", [1e8, -1e8, 1.0], 1.0),
+        ("split:3", [-1e8, 1e8, 1.0], 1.0),
+        # Digit 0 first: ranks 0 and 1, 2 and 3, then the two sums.
+        ("exchange:2 exchange:2", [1e8, -1e8, 1.0, 0.0], 1.0),
+        ("exchange:2 exchange:2", [1e8, 1.0, -1e8, 0.0], 0.0),
+        ("split:2 exchange:2", [1e8, 1.0, -1e8, 1.0], 0.0),
+        ("exchange:4", [1e8, 1.0, -1e8, 1.0], 1.0),
+    ],
+)
+def test_the_reference_adds_in_digit_order(word: str, inputs: list[float], want: float) -> None:
+    """By hand: the executor is held against the reference, but both share one function."""
+    found = reference_all_reduce(torch.tensor(inputs)[:, None], Plan.parse(word))
+    assert found.item() == want
+
+
+def test_the_first_of_equals_wins() -> None:
+    zeros = torch.tensor([[-0.0, 0.0], [0.0, -0.0]])
+    for op in ("max", "min"):
+        found = reference_all_reduce(zeros, Plan.parse("exchange:2"), op)
+        assert found.signbit().tolist() == [True, False]
