@@ -16,6 +16,7 @@ from yalis.config import ModelConfig
 from yalis.errors import ConfigError
 from yalis.models.llama import LlamaForCausalLM
 from yalis.parallel.group import Placement, TensorParallel
+from yalis.tokenizer import Tokenizer
 from yalis.weights.dummy import random_weight
 from yalis.weights.loader import weight_parts
 
@@ -62,7 +63,7 @@ def make_checkpoint(
     ends = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
     _write_json(folder / "generation_config.json", ends)
     _write_tokenizer(folder, config.vocab_size)
-    _write_weights(folder, config, num_shards, seed)
+    _write_weights(folder, config, num_shards, seed, _textless_ids(folder, config.vocab_size))
     return folder
 
 
@@ -90,7 +91,16 @@ def _config(dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
     } | overrides
 
 
-def _write_weights(folder: Path, config: ModelConfig, num_shards: int, seed: int) -> None:
+def _textless_ids(folder: Path, vocab_size: int) -> list[int]:
+    """The tokens that are no text by themselves: broken bytes, control characters, special tokens."""
+    tokenizer = Tokenizer(folder)
+    texts = [tokenizer.decode([token_id]) for token_id in range(vocab_size)]
+    return [i for i, text in enumerate(texts) if not text.isprintable() or text in ("", "\ufffd")]
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, num_shards: int, seed: int, textless_ids: list[int]
+) -> None:
     at = Placement(TensorParallel.single(), torch.float32, torch.device("meta"))
     parts = list(weight_parts(LlamaForCausalLM(config, at)))
     if not 1 <= num_shards <= len(parts):
@@ -104,6 +114,10 @@ def _write_weights(folder: Path, config: ModelConfig, num_shards: int, seed: int
             part.name: random_weight(part.name, part.shape, seed).to(getattr(torch, config.dtype))
             for part in parts[shard::num_shards]
         }
+        # Small rows give small logits: the text is nonsense, but made of words.
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        if head in tensors:
+            tensors[head][textless_ids] *= 0.1
         name = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         file_of |= dict.fromkeys(tensors, name)
