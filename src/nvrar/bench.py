@@ -7,6 +7,7 @@ commands do (:mod:`nvrar.record`, :mod:`nvrar.report`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,8 @@ class Settings:
             raise ArgumentError(f"op is {self.op!r}; it must be one of {', '.join(OPS)}")
         if self.op == "avg" and not self.dtype.is_floating_point:
             raise ArgumentError(f"op 'avg' needs a floating type, and dtype is {self.dtype}")
+        if not 0 < self.timeout_s < math.inf:
+            raise ArgumentError(f"timeout is {self.timeout_s:g} s; it must be above 0, and finite")
         for name, least in (("iterations", 1), ("rounds", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -21,6 +21,10 @@ from nvrar.sideband import exchange_values
 from nvrar.testing import reference_all_reduce
 from nvrar.topology import Topology
 
+# Elements looked at together. Every rank makes all ranks' inputs, which for a large message would not
+# fit; and a result's bits do not depend on where in the message its elements stand.
+_PIECE = 1 << 20
+
 
 def random_inputs(num_ranks: int, num_elements: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """``[num_ranks, num_elements]`` on the CPU; the same on every rank that asks for the same."""
@@ -84,12 +88,21 @@ def verify(
         WrongResultError: on every rank, if the result is wrong on any.
         PeerTimeout: a rank did not come within ``timeout_s``.
     """
-    inputs = random_inputs(group.size(), num_elements, dtype, seed=num_elements)
-    x = inputs[group.rank()].to(device, copy=True)
+
+    def inputs_of(piece: int) -> Tensor:
+        length = min(_PIECE, num_elements - piece)
+        return random_inputs(group.size(), length, dtype, seed=num_elements + piece)
+
+    pieces = range(0, num_elements, _PIECE)
+    x = torch.cat([inputs_of(piece)[group.rank()] for piece in pieces]).to(device)
     plan = all_reduce(x)
     result = x.cpu()
     digest = hashlib.sha256(result.view(torch.uint8).numpy().tobytes()).hexdigest()
-    mine = {"fault": _fault(result, inputs, plan, op, topology), "digest": digest}
+    faults = (
+        _fault(result[piece : piece + _PIECE], inputs_of(piece), plan, op, topology, piece)
+        for piece in pieces
+    )
+    mine = {"fault": next(filter(None, faults), ""), "digest": digest}
     said = exchange_values(group, "verify", mine, timeout_s)
     what = f"{name} on {num_elements} x {dtype} ({op}, {topology})"
     for rank, other in enumerate(said):
@@ -101,22 +114,26 @@ def verify(
             raise WrongResultError(f"{what} has other bits on rank {odd[0]} than on rank 0")
 
 
-def _fault(result: Tensor, inputs: Tensor, plan: Plan | None, op: str, topology: Topology) -> str:
-    """What is wrong with ``result``; empty if nothing is."""
+def _fault(
+    result: Tensor, inputs: Tensor, plan: Plan | None, op: str, topology: Topology, first: int
+) -> str:
+    """What is wrong with ``result``, the elements from ``first`` on; empty if nothing is."""
     exact = exact_all_reduce(inputs, op)
     error = (result.to(exact.dtype) - exact).abs()
     beyond = ~(error <= error_bound(inputs, op, plan))  # so that a NaN counts as beyond
     if beyond.any():
-        return _at(int(beyond.nonzero()[0]), result, exact, "is beyond the rounding bound")
+        at = int(beyond.nonzero()[0])
+        return _account(first + at, result[at], exact[at], "is beyond the rounding bound")
     if plan is not None:
         expected = reference_all_reduce(inputs, plan, op, topology)
         bytes_differ = result.view(torch.uint8) != expected.view(torch.uint8)
         differs = bytes_differ.view(-1, result.itemsize).any(1)
         if differs.any():
-            index = int(differs.nonzero()[0])
-            return _at(index, result, expected, f"is not what '{plan}' adds up to, bit for bit")
+            at = int(differs.nonzero()[0])
+            verdict = f"is not what '{plan}' adds up to, bit for bit"
+            return _account(first + at, result[at], expected[at], verdict)
     return ""
 
 
-def _at(index: int, result: Tensor, expected: Tensor, verdict: str) -> str:
-    return f"element {index} is {result[index].item()}, expected {expected[index].item()}: it {verdict}"
+def _account(index: int, found: Tensor, expected: Tensor, verdict: str) -> str:
+    return f"element {index} is {found.item()}, expected {expected.item()}: it {verdict}"

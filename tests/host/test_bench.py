@@ -23,6 +23,7 @@ from nvrar import MACHINES, Topology
 from nvrar.bench import Measurement, Settings, measure
 from nvrar.contenders import TorchContender, contenders
 from nvrar.errors import WrongResultError
+from nvrar.verify import verify
 
 pytestmark = pytest.mark.host
 
@@ -100,6 +101,30 @@ def test_a_wrong_contender_ends_it_on_every_rank_before_any_timing(error: float)
     assert message.startswith("wrong on 512 x torch.bfloat16 (sum, 1x3) is wrong on rank 1")
     assert "element 7" in message
     assert steps == ["checking 1 KiB"]
+
+
+def _verify_in_pieces(rank: int, wrong_at: int | None) -> str:
+    group = dist.group.WORLD
+    with contenders(group, Topology(1, 2), ["two-shot"], max_bytes=1 << 30) as (_, ours):
+
+        def all_reduce(x: Tensor) -> Any:
+            ours.all_reduce(x, "max")
+            if rank == 1 and wrong_at is not None:
+                x[wrong_at] += 1
+            return ours.plan_for(x.nbytes, x.dtype)
+
+        try:
+            verify(all_reduce, group, Topology(1, 2), 2_200_003, name="x", op="max")
+        except WrongResultError as caught:
+            return str(caught)
+    return ""
+
+
+def test_a_large_message_is_checked_to_its_end() -> None:
+    assert ranks.run(_verify_in_pieces, 2, None) == ["", ""]
+    said = ranks.run(_verify_in_pieces, 2, 2_200_002)
+    assert said[0] == said[1]
+    assert "wrong on rank 1: element 2200002" in said[0]
 
 
 class OtherBits(TorchContender):

@@ -129,6 +129,8 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("bench --warmup -1", ["warmup", "-1", "at least 0"]),
         ("bench --iterations 0", ["--iterations", "'0'"]),
         ("bench --device cuda --nodes 99", ["198 ranks", "GPU each", "--device cpu"]),
+        ("bench --sizes 4000G", ["4000 GiB", "memory", "smaller"]),
+        ("bench --timeout 0", ["timeout", "0 s", "above 0"]),
         ("bench --plot x.gif", ["x.gif", ".svg"]),
         ("bench --json /nowhere/x.jsonl", ["/nowhere/x.jsonl", "directory"]),
         ("tune", ["tune", "bench"]),

@@ -28,6 +28,7 @@ from nvrar.record import provenance, rows, write_rows
 from nvrar.report import picture, table
 from nvrar.sideband import exchange_values, store_of
 from nvrar.topology import Topology
+from nvrar.units import format_size
 
 
 def add(subparsers: Subparsers) -> None:
@@ -59,6 +60,15 @@ def _start(options: argparse.Namespace, request: Request) -> int:
     refusal = request.check_paths()
     if refusal:
         raise ArgumentError(refusal)
+    # What checking a result takes on each rank: the input, the result, and a copy or two of each.
+    needed = 4 * max(request.sizes) * topology.world_size
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise ArgumentError(
+            f"{topology.world_size} ranks with messages of {format_size(max(request.sizes))} need about "
+            f"{format_size(needed)} of memory, and this machine has {format_size(present)}; measure "
+            "smaller sizes, or fewer ranks"
+        )
     if options.device == "cuda" and topology.world_size > torch.cuda.device_count():
         raise ArgumentError(
             f"{topology.world_size} ranks need a GPU each, and torch sees {torch.cuda.device_count()} "
