@@ -60,6 +60,10 @@ def test_each_rank_counts_for_what_it_sends_most_of() -> None:
     assert level.network == "node-local"
     assert level.time_us == pytest.approx(100 + 0.008)
     assert level.cross_node_bytes == 2 * M
+    far = Machine("far", Link(1.0, 1000.0), Link(100.0, 1.0))
+    level = level_costs(Plan.parse("exchange:3 exchange:2"), Topology(3, 2), M, far)[0]
+    assert level.network == "cross-node"
+    assert level.time_us == pytest.approx(100 + 2 * 8)
 
 
 def test_what_each_level_says() -> None:
