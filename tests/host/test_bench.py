@@ -1,16 +1,8 @@
-"""A bench over real processes: what is measured, who is caught, what the command leaves behind."""
+"""A bench over real processes: what is measured, and who is caught."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -28,7 +20,6 @@ from nvrar.verify import verify
 pytestmark = pytest.mark.host
 
 QUICK = Settings(iterations=3, rounds=2, warmup=1, timeout_s=30)
-NVRAR = [sys.executable, "-m", "nvrar.cli"]
 
 
 class Wrong(TorchContender):
@@ -166,156 +157,3 @@ def test_one_other_bit_is_wrong_too() -> None:
     assert "rank 2" in min(said)
     assert "element 3" in min(said)
     assert "bit for bit" in min(said)
-
-
-# -- the command -----------------------------------------------------------------------------------
-
-
-def nvrar(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    # A terminal's worth of environment, without what pytest itself may have been launched by.
-    return subprocess.run(
-        [*NVRAR, *arguments], capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def alive(mark: str) -> Sequence[int]:
-    """Processes with ``mark`` on their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark.encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # it ended meanwhile
-            pass
-    return found
-
-
-def workers_of(command: subprocess.Popen[str], mark: str, num_workers: int) -> Sequence[int]:
-    """The workers' process ids, once all have their imports behind them (they open sockets then)."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and command.poll() is None:
-        workers = [pid for pid in alive(mark) if pid != command.pid]
-        if len(workers) == num_workers and all(_has_sockets(pid) for pid in workers):
-            return workers
-        time.sleep(0.1)
-    raise AssertionError(
-        f"{num_workers} workers did not start; the command ended: {command.poll()}"
-    )
-
-
-def _has_sockets(pid: int) -> bool:
-    try:
-        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:  # it ended, or a descriptor was closed meanwhile
-        return False
-    return any(link.startswith("socket:") for link in links)
-
-
-def test_the_command_starts_its_workers_and_writes_all_it_knows(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "folder"
-    quick = ["--iterations", "2", "--rounds", "2", "--warmup", "1", "--predict"]
-    done = nvrar(
-        *(
-            "bench",
-            "--nodes",
-            "3",
-            "--ranks-per-node",
-            "1",
-            "--sizes",
-            "1K,6K",
-            "--dtype",
-            "float32",
-        ),
-        *("--plans", "auto,exchange:3", "--max-bytes", "4K", "--out", str(out), *quick),
-        env={**os.environ, "NCCL_DEBUG": "WARN", "UNRELATED": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "3 nodes x 1 ranks" in done.stdout
-    assert "exchange:3 at 6 KiB: 4 of 4 calls fell back to torch.distributed" in done.stdout
-    rows = [json.loads(line) for line in (out / "bench.jsonl").read_text().splitlines()]
-    assert [(row["num_bytes"], row["contender"]) for row in rows] == [
-        (size, name) for size in (1024, 6144) for name in ("torch", "auto", "exchange:3")
-    ]
-    for row in rows:
-        assert row["topology"] == "3x1"
-        assert row["dtype"] == "float32"
-        assert row["op"] == "sum"
-        assert row["environment"]["NVRAR_RANKS_PER_NODE"] == "1"
-        assert row["environment"]["NCCL_DEBUG"] == "WARN"
-        assert "UNRELATED" not in row["environment"]
-        assert row["command"].startswith("nvrar bench --nodes 3")
-        assert row["torch"] == torch.__version__
-        assert row["hosts"][0]["num_ranks"] == 3
-        assert row["hosts"][0]["cpu"]
-        assert row["backend"] == "gloo"
-        assert len(row["samples_us"]) == row["num_samples"] == 4
-        assert row["git_commit"] is None or len(row["git_commit"]) == 40
-        assert row["timestamp"].endswith("+00:00")
-    ours = {row["num_bytes"]: row for row in rows if row["contender"] == "exchange:3"}
-    assert (ours[1024]["executor"], ours[1024]["plan"]) == ("host", "exchange:3")
-    assert (ours[6144]["executor"], ours[6144]["plan"]) == ("torch.distributed", None)
-    assert list(ours[6144]["fallbacks"].values()) == [4]
-    assert "<svg" in (out / "bench.svg").read_text()
-
-
-def test_the_command_joins_torchrun_and_only_one_rank_complains() -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*run, "-m", "nvrar.cli", "bench", "--sizes", "1K", "--plans", "split:5"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert done.stderr.count("nvrar: plan 'split:5' is for 5 ranks, the group has 2") == 1
-
-
-@pytest.mark.parametrize("alone", [0, 1])
-def test_a_rank_that_nobody_joins_gives_up(alone: int) -> None:
-    place = {"RANK": str(alone), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    env = {**os.environ, **place, "MASTER_PORT": str(_free_port())}
-    done = nvrar("bench", "--timeout", "2", env=env)
-    assert done.returncode == 1
-    # Above it c10d may have logged its own account.
-    assert done.stderr.splitlines()[-1].startswith(f"nvrar: rank {alone} of 2 (by torchrun) met no")
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def test_a_killed_worker_ends_it_with_a_line() -> None:
-    mark = f"--iterations={2 * 10**6 + os.getpid()}"
-    command = subprocess.Popen(
-        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", "--plans=", mark],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        workers = workers_of(command, mark, 2)
-        time.sleep(1)  # into the measuring, with luck; wherever it is, it must end
-        os.kill(workers[-1], signal.SIGKILL)
-        error = command.communicate(timeout=90)[1]
-        assert command.returncode == 128 + signal.SIGKILL
-        assert "Traceback" not in error
-        assert alive(mark) == []
-    finally:
-        for pid in alive(mark):
-            os.kill(pid, signal.SIGKILL)
-
-
-def test_workers_do_not_outlive_the_command() -> None:
-    mark = f"--iterations={10**6 + os.getpid()}"
-    command = subprocess.Popen(
-        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", mark],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        workers_of(command, mark, 2)
-        time.sleep(1)
-        command.send_signal(signal.SIGTERM)
-        assert command.wait(timeout=60) == 128 + signal.SIGTERM
-        assert alive(mark) == []
-    finally:
-        for pid in alive(mark):
-            os.kill(pid, signal.SIGKILL)
