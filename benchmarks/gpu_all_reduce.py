@@ -81,6 +81,7 @@ def main() -> None:
         torch.manual_seed(size)
         inputs = torch.randn(ranks, size // 2, device=device).bfloat16()
         x = inputs[rank].clone()
+        name = dist.group.WORLD.group_name
         contenders: dict[str, Callable[[], object]] = {}
         for algorithm in algorithms:
             expected = reference_all_reduce(inputs, algorithm.plan)
@@ -92,7 +93,7 @@ def main() -> None:
             prepared = ours._prepared[(size, x.dtype, "sum", algorithm)]
             for shape in shapes or [prepared.shape]:
 
-                def call(a=algorithm, o=out, s=shape, p=prepared):
+                def call(x=x, a=algorithm, o=out, s=shape, p=prepared):
                     p.shape = s
                     ours.all_reduce(x, o, a, "sum")
 
@@ -103,12 +104,11 @@ def main() -> None:
             contenders["nccl"] = lambda y=y: dist.all_reduce(y)
             s = symm_mem.empty(size // 2, dtype=torch.bfloat16, device=device)
             symm_mem.rendezvous(s, dist.group.WORLD.group_name)
-            name = dist.group.WORLD.group_name
-            contenders["symm one-shot"] = lambda s=s: torch.ops.symm_mem.one_shot_all_reduce(
-                s, "sum", name
+            contenders["symm one-shot"] = lambda s=s, name=name: (
+                torch.ops.symm_mem.one_shot_all_reduce(s, "sum", name)
             )
-            contenders["symm two-shot"] = lambda s=s: torch.ops.symm_mem.two_shot_all_reduce_(
-                s, "sum", name
+            contenders["symm two-shot"] = lambda s=s, name=name: (
+                torch.ops.symm_mem.two_shot_all_reduce_(s, "sum", name)
             )
             backend = pool_group._get_backend(device)
             pool = torch.cuda.MemPool(backend.mem_allocator)
@@ -140,7 +140,9 @@ def main() -> None:
         with open(options.json, "w") as file:
             json.dump(rows, file)
     ours.close()
-    dist.destroy_process_group()
+    dist.barrier()
+    torch.cuda.synchronize()
+    os._exit(0)  # NCCL 2.28 does not come back from destroying a group with a registered pool
 
 
 if __name__ == "__main__":

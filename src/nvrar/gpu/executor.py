@@ -81,7 +81,7 @@ class GpuExecutor:
         self._control[0] = 2  # the first epoch: 0 is what fresh memory holds
         self._failure_memory = torch.zeros(8, dtype=torch.int32).pin_memory()
         self.failure = kernel.Failure.from_address(self._failure_memory.data_ptr())
-        self._budget_ns = int(budget_s * 1e9)
+        self._budget_ticks = kernel.budget_ticks(budget_s)
         self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
         self._mapped = [bool(self._heap.address_at(self._piece, pe)) for pe in self._pes]
         self.lines_travel_whole = all(
@@ -152,7 +152,7 @@ class GpuExecutor:
                 f"{parity_bytes} bytes that the workspace was made for; raise max_bytes"
             )
         region = 0 if packets is LL else 2 * self._region_bytes[LL]
-        args.budget_ns = self._budget_ns
+        args.budget_ticks = self._budget_ticks
         args.inbox = self._piece.address + region
         args.outbox = self._outbox
         args.parity_bytes = parity_bytes
@@ -167,7 +167,8 @@ class GpuExecutor:
         kernel.fill_call(args, plan, packets, dtype, op, 0, 0, num_bytes)
         self.calls[args.signature] = f"{num_bytes} bytes of {dtype} ({op}) by '{plan}'"
         whole, ragged = (self._function(plan, packets, dtype, op, w) for w in (True, False))
-        resident = min(whole.resident_blocks(512), ragged.resident_blocks(512))
+        threads = layout.most_threads(plan, packets)
+        resident = min(whole.resident_blocks(threads), ragged.resident_blocks(threads))
         shape = layout.launch_shape(plan, packets, num_bytes, self._num_processors * resident)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         return _Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)

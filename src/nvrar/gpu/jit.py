@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nvrar.errors import NvrarError
-from nvrar.gpu.layout import Format
+from nvrar.gpu.layout import Format, most_threads
 from nvrar.plan import Plan
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class KernelSpec:
         defines = ["#define NVRAR_PUT"] if self.uses_put else []
         if self.jitter_ns:
             defines.append(f"#define NVRAR_JITTER_NS {self.jitter_ns}")
+        threads = most_threads(self.plan, self.packets)
         kernel = (
             f"nvrar::all_reduce<nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}, "
             f"nvrar::{OPS[self.op]}, {str(self.whole).lower()}>"
@@ -89,7 +91,7 @@ class KernelSpec:
                 f"using P = nvrar::Plan<{levels}>;",
                 f"static_assert(sizeof(nvrar::Args<P>) == {self.args_bytes}, "
                 '"nvrar/gpu/kernel.py packs the arguments differently");',
-                f'extern "C" __global__ void __launch_bounds__(512) {ENTRY}({parameter}) {{',
+                f'extern "C" __global__ void __launch_bounds__({threads}, 1) {ENTRY}({parameter}) {{',
                 f"    {kernel}({argument});",
                 "}",
                 "",
@@ -113,7 +115,7 @@ def cubin(spec: KernelSpec) -> bytes:
     path = cache_folder() / f"{_key(spec)}.cubin"
     found = _read(path)
     if found is None:
-        found = _compile(spec)
+        found = build(spec).cubin
         _publish(path, found)
     return found
 
@@ -191,7 +193,22 @@ def _publish(path: Path, code: bytes) -> None:
 # -- the compilers ---------------------------------------------------------------------------------
 
 
-def _compile(spec: KernelSpec) -> bytes:
+@dataclass(frozen=True)
+class Built:
+    """Machine code, and what its kernel takes of a multiprocessor."""
+
+    cubin: bytes
+    num_registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def build(spec: KernelSpec) -> Built:
+    """Compiles ``spec``, whatever the cache holds.
+
+    Raises:
+        CompileError: NVRTC or nvJitLink refused.
+    """
     from cuda.core import Linker, LinkerOptions, ObjectCode, Program, ProgramOptions
 
     nvshmem = _nvshmem_folder() if spec.uses_put else None
@@ -208,7 +225,7 @@ def _compile(spec: KernelSpec) -> bytes:
                 device_as_default_execution_space=True,
                 relocatable_device_code=spec.uses_put or None,
                 include_path=folders,
-                lineinfo=True,
+                ptxas_options=["-v"],
             ),
         )
         code = program.compile("cubin", logs=messages)
@@ -221,7 +238,15 @@ def _compile(spec: KernelSpec) -> bytes:
             f"the kernel for plan '{spec.plan}' ({spec.packets.name}, {spec.dtype}, {spec.arch}) does "
             f"not compile: {error}\n{messages.getvalue()}\nInclude folders: {folders}"
         ) from error
-    return bytes(code.code)
+    return Built(bytes(code.code), *_resources(messages.getvalue()))
+
+
+def _resources(report: str) -> tuple[int, int, int]:
+    """Registers, and bytes of stack and spills, by ptxas's report of the kernel and what it calls."""
+    stacks = [int(n) for n in re.findall(r"(\d+) bytes stack frame", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    return max(registers, default=0), max(stacks, default=0), max(spills, default=0)
 
 
 def _cuda_includes() -> list[Path]:

@@ -22,12 +22,12 @@ def args_type(num_levels: int, num_peers: int) -> type[ctypes.Structure]:
             ("in_", ctypes.c_uint64),
             ("out", ctypes.c_uint64),
             ("num_bytes", ctypes.c_uint64),
-            ("budget_ns", ctypes.c_uint64),
             ("inbox", ctypes.c_uint64),
             ("parity_bytes", ctypes.c_uint64),
             ("control", ctypes.c_uint64),
             ("failure", ctypes.c_uint64),
             ("outbox", ctypes.c_uint64),
+            ("budget_ticks", ctypes.c_uint32),
             ("num_units", ctypes.c_uint32),
             ("signature", ctypes.c_uint32),
             ("digit", ctypes.c_uint32 * num_levels),
@@ -51,7 +51,11 @@ class Failure(ctypes.Structure):
     )
 
 
-CONTROL_BYTES = 16
+
+
+def budget_ticks(budget_s: float) -> int:
+    """A wait's budget in the kernel's unit, 2**20 ns."""
+    return max(1, int(budget_s * 1e9) >> 20)
 
 
 def signature(plan: Plan, packets: Format, dtype: torch.dtype, op: str, num_bytes: int) -> int:

@@ -62,13 +62,23 @@ class LaunchShape:
     threads: int
 
 
+def most_threads(plan: Plan, packets: Format) -> int:
+    """The largest block that a kernel is compiled for.
+
+    Warps of a plan that splits hold several parts of 30 bytes a thread, and need the registers of two;
+    they are few, because each takes a unit of every part.
+    """
+    return 256 if packets is LL128 and num_parts(plan) > 1 else 512
+
+
 def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) -> LaunchShape:
     """Small blocks and many of them, so that a small message still uses many multiprocessors.
 
-    All blocks must be resident at once, because they wait for each other's peers: ``most_blocks``.
+    All blocks must be resident at once, because they wait for each other's peers: ``most_blocks`` of
+    :func:`most_threads`.
     """
     needed = num_units(plan, packets, num_bytes) * packets.threads
     threads = 128
-    while threads < 512 and needed > threads * 64:
+    while threads < most_threads(plan, packets) and needed > threads * 64:
         threads *= 2
     return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)

@@ -83,7 +83,8 @@ class VirtualCluster:
             for library in self._libraries
         ]
         # All blocks of all ranks must be on the device at once: they wait for each other.
-        resident = min(f.resident_blocks(512) for f in self._functions)
+        threads = layout.most_threads(plan, packets)
+        resident = min(f.resident_blocks(threads) for f in self._functions)
         resident *= properties.multi_processor_count
         self.most_blocks = max(1, resident // self.num_ranks)
         self._table = [self._rank_args(r, budget_s) for r in range(self.num_ranks)]
@@ -94,7 +95,7 @@ class VirtualCluster:
 
     def _rank_args(self, position: int, budget_s: float) -> ctypes.Structure:
         args = self._args_type()
-        args.budget_ns = int(budget_s * 1e9)
+        args.budget_ticks = kernel.budget_ticks(budget_s)
         args.inbox = self._inbox_of(position)
         args.parity_bytes = self._parity_bytes
         args.control = self._control[position].data_ptr()

@@ -25,14 +25,18 @@ inline void all_reduce(const Args<Plan>& args) {
     if constexpr (Columns::kLoadsAhead) {
         if (first - ahead < args.num_units) column.send_input(input);
     }
-    for (u32 unit = Columns::kLoadsAhead ? first + step : first; unit - ahead < args.num_units; unit += step) {
+#pragma unroll 1
+    for (u32 unit = Columns::kLoadsAhead ? first + step : first; unit - ahead < args.num_units;
+         unit += step) {
         column.go_to(unit);
         column.send_input();
     }
+#pragma unroll 1
     for (u32 unit = first; unit - ahead < args.num_units; unit += step) {
         column.go_to(unit);
         column.finish();
     }
+    column.conclude(first, step);
     leave(args.control, entry);
 }
 

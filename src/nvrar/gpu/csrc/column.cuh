@@ -12,9 +12,6 @@
 
 namespace nvrar {
 
-// Packets of so many peers are looked at together: their loads are in flight at the same time.
-constexpr int kMostLooks = 8;
-
 // Values of parts in registers.
 template <class Payload, int kCount>
 struct Registers {
@@ -42,8 +39,11 @@ class Column {
 
   public:
     // The input of a column, if it is small enough to be held while the epoch is on its way.
-    static constexpr bool kLoadsAhead = Plan::kParts <= 8;
+    static constexpr bool kLoadsAhead = Plan::kParts * Packet::kWords <= 16;
     using Ahead = Registers<Payload, kLoadsAhead ? Plan::kParts : 1>;
+
+    // Packets of so many peers are looked at together, so that their loads are in flight at the same time.
+    static constexpr int most_looks(int own_parts) { return Packet::kWords == 1 ? 8 : own_parts > 1 ? 2 : 4; }
 
     explicit Column(const Args<Plan>& args) : args_(args) {}
 
@@ -73,7 +73,13 @@ class Column {
     void finish() {
         Whole message{*this};
         descend<0>(message);
-        if (!ok_ && live_) poison(args_, unit_);
+    }
+
+    // After the last column. Nothing that looks like a result may stand where the result is not to be had:
+    // poisons this thread's columns from the failed one on, `step` apart, the first being `first`.
+    void conclude(u32 first, u32 step) const {
+        if (!ok_)
+            give_up(args_, flag_.epoch, failed_level_, failed_, failed_unit_ ? failed_unit_ : first, step);
     }
 
   private:
@@ -210,25 +216,29 @@ class Column {
         if (!ok_ || !live_) return;
         const int digit = args_.digit[I];
         const char* inbox = args_.inbox + parity_;
-        ok_ = wait_for<Packet>(args_, flag_.epoch, I, [&](u32& missing) {
-            Arrival worst = Arrival::kFresh;
+        Found found;
+        ok_ = wait_for<Packet>(args_, found, [&](Found& worst) {
 #pragma unroll
             for (int i = 0; i < kLooks; i++) {
                 const int peer = first + i;
-                if (peer == digit || peer >= Plan::radix(I)) continue;
+                if (kLooks > 1 && (peer == digit || peer >= Plan::radix(I))) continue;
                 const Arrival arrival = Packet::load(inbox + slot<I>(area, peer, part), got[i], flag_);
-                if (arrival == Arrival::kFresh || worst == Arrival::kForeign) continue;
-                worst = arrival;
-                missing = peer;
+                if (arrival == Arrival::kFresh || worst.arrival == Arrival::kForeign) continue;
+                worst = {arrival, u32(peer)};
             }
-            return worst;
         });
+        if (!ok_) {
+            failed_level_ = I;
+            failed_unit_ = unit_;
+            failed_ = found;
+        }
     }
 
     // Adds what the members hold of a part, in the order of their digits, whoever does the adding.
     template <int I>
     void reduce(int part, Payload& own) {
-        constexpr int kRadix = Plan::radix(I), kLooks = kRadix < kMostLooks ? kRadix : kMostLooks;
+        constexpr int kRadix = Plan::radix(I), kMost = most_looks(Plan::own_parts(I));
+        constexpr int kLooks = kRadix < kMost ? kRadix : kMost;
         Accumulator<Type, Op, Packet::kWords> total;
         if constexpr (kRadix == 2) {  // two make the same sum in either order
             Payload got[1];
@@ -258,7 +268,8 @@ class Column {
 
     template <int I, class Block>
     void gather(Block& block) {
-        constexpr int kRadix = Plan::radix(I), kLooks = kRadix < kMostLooks ? kRadix : kMostLooks;
+        constexpr int kRadix = Plan::radix(I), kMost = most_looks(Plan::own_parts(I));
+        constexpr int kLooks = kRadix < kMost ? kRadix : kMost;
 #pragma unroll
         for (int part = 0; part < Plan::own_parts(I); part++) {
 #pragma unroll(Block::kIndexed ? 1 : kRadix)
@@ -288,22 +299,21 @@ class Column {
                Packet::slot_offset(threadIdx.x % Packet::kThreads);
     }
 
+    static void give_up(const Args<Plan>& args, u32 epoch, u32 level, Found found, u32 unit, u32 step) {
+        report(args, epoch, level, found);
+        Payload value;
+        for (u64& word : value.word) word = Type::kPoison;
+        for (; unit < args.num_units; unit += step)
+            for (u32 part = 0; part < Plan::kParts; part++)
+                Tensor::store(args.out, u64(part) * args.num_units + unit, args.num_bytes, value);
+    }
+
     u64 place(int part) const { return u64(part) * args_.num_units + unit_; }
 
-    Payload load(int part) const {
-        return Tensor::load(args_.in, place(part), live_ ? args_.num_bytes : 0);
-    }
+    Payload load(int part) const { return Tensor::load(args_.in, place(part), live_ ? args_.num_bytes : 0); }
 
     void store(int part, const Payload& value) const {
         if (live_ && ok_) Tensor::store(args_.out, place(part), args_.num_bytes, value);
-    }
-
-    // Nothing that looks like a result may stand where the result is not to be had.
-    __noinline__ static void poison(const Args<Plan>& args, u32 unit) {
-        Payload value;
-        for (u64& word : value.word) word = Type::kPoison;
-        for (u32 part = 0; part < Plan::kParts; part++)
-            Tensor::store(args.out, u64(part) * args.num_units + unit, args.num_bytes, value);
     }
 
     // Tests ask for random delays in front of every send, to meet as many interleavings as they can.
@@ -326,7 +336,10 @@ class Column {
     u64 parity_ = 0;
     u32 unit_ = 0;
     bool live_ = true;
-    bool ok_ = true;
+    bool ok_ = true;  // false from the first wait that failed on; from then on nothing is sent or stored
+    u32 failed_level_ = 0;
+    u32 failed_unit_ = 0;
+    Found failed_ = {Arrival::kFresh, 0};
 };
 
 }  // namespace nvrar

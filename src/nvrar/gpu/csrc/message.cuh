@@ -66,15 +66,16 @@ struct Message {
   private:
     using Bits = typename Type::Bits;
 
-    __noinline__ static u64 load_elements(const char* message, u64 at, u64 num_bytes) {
+    static u64 load_elements(const char* message, u64 at, u64 num_bytes) {
         u64 word = 0;
+#pragma unroll
         for (int e = 0; e < 8; e += sizeof(Bits))
-            if (at + e < num_bytes)
-                word |= u64(*reinterpret_cast<const Bits*>(message + at + e)) << (8 * e);
+            if (at + e < num_bytes) word |= u64(*reinterpret_cast<const Bits*>(message + at + e)) << (8 * e);
         return word;
     }
 
-    __noinline__ static void store_elements(char* message, u64 at, u64 num_bytes, u64 word) {
+    static void store_elements(char* message, u64 at, u64 num_bytes, u64 word) {
+#pragma unroll
         for (int e = 0; e < 8; e += sizeof(Bits))
             if (at + e < num_bytes) *reinterpret_cast<Bits*>(message + at + e) = Bits(word >> (8 * e));
     }

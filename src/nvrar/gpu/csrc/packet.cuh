@@ -30,8 +30,8 @@ struct Value {
 };
 
 inline void store_16(char* address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(a), "r"(b),
-                 "r"(c), "r"(d)
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(a), "r"(b), "r"(c),
+                 "r"(d)
                  : "memory");
 }
 

@@ -37,9 +37,7 @@ struct Plan {
         constexpr Transport transports[] = {Levels::kTransport...};
         return transports[level];
     }
-    static constexpr bool uses(Transport transport) {
-        return ((Levels::kTransport == transport) || ...);
-    }
+    static constexpr bool uses(Transport transport) { return ((Levels::kTransport == transport) || ...); }
     // Innermost parts in the block that enters a level.
     static constexpr int parts(int level) {
         int count = 1;
@@ -53,8 +51,7 @@ struct Plan {
     // reduction, and for a split another for the gather. Areas count slots of one unit index.
     static constexpr int reduce_area(int level) {
         int area = 0;
-        for (int i = 0; i < level; i++)
-            area += radix(i) * own_parts(i) * (mode(i) == Mode::kSplit ? 2 : 1);
+        for (int i = 0; i < level; i++) area += radix(i) * own_parts(i) * (mode(i) == Mode::kSplit ? 2 : 1);
         return area;
     }
     static constexpr int gather_area(int level) {

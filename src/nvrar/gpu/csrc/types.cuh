@@ -69,7 +69,9 @@ using Float16 = Float16Bits<__half2, __half22float2, __floats2half2_rn, 0x7e007e
 
 struct Sum {
     template <class T>
-    static T apply(T a, T b) { return a + b; }
+    static T apply(T a, T b) {
+        return a + b;
+    }
 };
 
 // NaN wins, as in torch.maximum.

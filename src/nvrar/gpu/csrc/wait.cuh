@@ -28,12 +28,12 @@ struct Args {
     const char* in;
     char* out;
     u64 num_bytes;
-    u64 budget_ns;
     char* inbox;       // this rank's, first parity
     u64 parity_bytes;  // from one parity to the other
     Control* control;
     Failure* failure;
-    char* outbox;  // where packets are packed for put, first parity; symmetric memory
+    char* outbox;      // where packets are packed for put, first parity; symmetric memory
+    u32 budget_ticks;  // of every wait
     u32 num_units;
     u32 signature;
     u32 digit[Plan::kNumLevels];
@@ -50,6 +50,9 @@ inline u64 now_ns() {
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
     return time;
 }
+
+// Ticks of 2^20 ns, about a millisecond.
+inline u32 now_ticks() { return u32(now_ns() >> 20); }
 
 struct Entry {
     u32 epoch;
@@ -78,44 +81,43 @@ inline void leave(Control* control, const Entry& entry) {
     control->epoch = next_epoch(entry.epoch);
 }
 
-// The cold half of waiting: the time until which to go on (`deadline`, or the first one), or 0 to give up,
-// having left word for the host. Out of line, because the size of the hot path is latency.
-template <class Plan>
-__noinline__ u64 patience(const Args<Plan>& args, u32 epoch, u32 level, u32 digit, Arrival arrival,
-                          u64 deadline) {
-    const u64 now = now_ns();
-    if (deadline == 0) deadline = now + args.budget_ns;
-    const bool others_failed = *reinterpret_cast<volatile u32*>(&args.control->broken);
-    if (arrival != Arrival::kForeign && now < deadline && !others_failed) return deadline;
-    if (arrival != Arrival::kFresh && atomicExch(&args.control->broken, 1u) == 0) {
-        volatile Failure* failure = args.failure;
-        failure->level = level;
-        failure->digit = digit;
-        failure->epoch = epoch;
-        failure->signature = args.signature;
-        __threadfence_system();
-        failure->kind = 1 + u32(arrival);  // written last: 0 is "nothing happened"
+// What one wait found.
+struct Found {
+    Arrival arrival;  // the worst that was seen
+    u32 digit;        // of whom
+};
+
+// The one loop of the library that waits. `look` looks once; it is called until all is there, or until a
+// packet is foreign, the budget is spent, or another wait of this communicator has failed: then the arrival
+// is not kFresh on some thread of the packet, and on none may the data be used.
+template <class Packet, class Plan, class Look>
+inline bool wait_for(const Args<Plan>& args, Found& found, Look look) {
+    u32 deadline = 0;
+    for (u32 looks = 1;; looks++) {
+        found = {Arrival::kFresh, 0};
+        look(found);
+        if (Packet::all(found.arrival == Arrival::kFresh)) return true;
+        bool over = found.arrival == Arrival::kForeign;
+        if (looks % 256 == 0) {
+            const u32 now = now_ticks();
+            if (looks == 256) deadline = now + args.budget_ticks;
+            over |= int(now - deadline) >= 0 || *reinterpret_cast<volatile u32*>(&args.control->broken);
+        }
+        if (Packet::any(over)) return false;
     }
-    return 0;
 }
 
-// The one loop of the library that waits. `look` looks once, and says the worst it saw and of whom; it is
-// called until all is there, or until a packet is foreign, the budget is spent, or another wait of this
-// communicator has failed. False: the data must not be used.
-template <class Packet, class Plan, class Look>
-inline bool wait_for(const Args<Plan>& args, u32 epoch, u32 level, Look look) {
-    u64 deadline = 0;
-    while (true) {
-        u32 digit = 0;
-        Arrival arrival = Arrival::kMissing;
-        for (int looks = 0; looks < 256; looks++) {
-            arrival = look(digit);
-            if (Packet::all(arrival == Arrival::kFresh)) return true;
-            if (Packet::any(arrival == Arrival::kForeign)) break;
-        }
-        deadline = patience(args, epoch, level, digit, arrival, deadline);
-        if (Packet::any(deadline == 0)) return false;
-    }
+// Leaves word for the host, the first time on this rank. From then on no kernel of it waits.
+template <class Plan>
+inline void report(const Args<Plan>& args, u32 epoch, u32 level, Found found) {
+    if (found.arrival == Arrival::kFresh || atomicExch(&args.control->broken, 1u) != 0) return;
+    volatile Failure* failure = args.failure;
+    failure->level = level;
+    failure->digit = found.digit;
+    failure->epoch = epoch;
+    failure->signature = args.signature;
+    __threadfence_system();
+    failure->kind = 1 + u32(found.arrival);  // written last: 0 is "nothing happened"
 }
 
 }  // namespace nvrar

@@ -1,0 +1,149 @@
+"""The kernels compile for every architecture we serve, on a machine with no GPU, and stay lean."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import re
+
+import pytest
+import torch
+
+from nvrar.gpu import jit, kernel, layout
+from nvrar.gpu.heap import first_gap
+from nvrar.gpu.layout import FORMATS, LL, LL128
+from nvrar.plan import PLAN_NAMES, Plan
+from nvrar.topology import Topology
+
+
+def spec(word: str, packets=LL, arch="sm_90", **options) -> jit.KernelSpec:
+    plan = Plan.parse(word)
+    size = ctypes.sizeof(kernel.args_type_of(plan))
+    options = {"dtype": torch.bfloat16, "op": "sum", **options}
+    return jit.KernelSpec(plan, packets, arch=arch, args_bytes=size, **options)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NVRAR_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def entry_points(cubin: bytes) -> int:
+    # Every kernel of a cubin has one section of this name.
+    return len(set(re.findall(rb"\.nv\.info\.(nvrar_\w+)\x00", cubin)))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("name", PLAN_NAMES)
+def test_named_plans_compile_lean(name, arch):
+    plan = Plan.named(name, Topology(4, 8))
+    for packets in FORMATS.values():
+        built = jit.build(spec(str(plan), packets, arch))
+        assert built.num_registers * layout.most_threads(plan, packets) <= 65536  # a multiprocessor's
+        assert built.spill_bytes == 0
+        assert built.stack_bytes == 0
+        assert entry_points(built.cubin) == 1
+
+
+@pytest.mark.parametrize("dtype", jit.TYPES, ids=str)
+@pytest.mark.parametrize("op", jit.OPS)
+def test_every_type_and_operation_compiles(dtype, op):
+    for packets in FORMATS.values():
+        for whole in (True, False):
+            assert jit.build(spec("split:2 exchange:3", packets, dtype=dtype, op=op, whole=whole))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_put_links_with_nvshmem(arch):
+    built = jit.build(spec("split:4 exchange:2", arch=arch, put=(False, True)))
+    assert b"nvshmem" in built.cubin
+    assert entry_points(built.cubin) == 1
+
+
+def test_an_entry_is_made_once_and_survives_damage(private_cache, caplog, monkeypatch):
+    wanted = spec("exchange:2")
+    code = jit.cubin(wanted)
+    (entry,) = private_cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "build", lambda spec: pytest.fail("compiled again"))
+        assert jit.cubin(wanted) == code
+    entry.write_bytes(entry.read_bytes()[:-1])
+    mended = jit.cubin(wanted)
+    assert entry_points(mended) == 1
+    assert str(private_cache) in caplog.text
+    assert "delete" in caplog.text
+    assert jit.cubin(wanted) == mended
+
+
+def compile_one(folder: str, queue: multiprocessing.Queue) -> None:
+    import os
+
+    os.environ["NVRAR_CACHE_DIR"] = folder
+    queue.put(entry_points(jit.cubin(spec("exchange:4", LL128))))
+
+
+def test_eight_processes_race_on_an_empty_cache(private_cache):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    racers = [
+        context.Process(target=compile_one, args=(str(private_cache), queue)) for _ in range(8)
+    ]
+    for racer in racers:
+        racer.start()
+    entries = [queue.get(timeout=120) for _ in racers]
+    for racer in racers:
+        racer.join()
+    assert entries == [1] * 8
+    assert [p.suffix for p in private_cache.iterdir()] == [".cubin"]
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_survived(monkeypatch, caplog):
+    monkeypatch.setenv("NVRAR_CACHE_DIR", "/proc/nvrar")
+    assert jit.cubin(spec("exchange:2"))
+    assert "NVRAR_CACHE_DIR" in caplog.text
+
+
+def test_a_compiler_error_shows_its_log(monkeypatch):
+    monkeypatch.setattr(jit.KernelSpec, "source", lambda self: "this is not CUDA")
+    with pytest.raises(jit.CompileError, match=r"(?s)exchange:2.*not compile.*error"):
+        jit.cubin(spec("exchange:2"))
+
+
+@pytest.mark.parametrize("text", ["1x2", "2x4", "3x4", "4x8", "7x1"])
+def test_the_inbox_has_a_place_for_every_packet(text):
+    """Counted from the schedule: what a rank receives fits, and nothing is left over but its own slots."""
+    topology = Topology.parse(text)
+    for plan in Plan.all(topology):
+        length = layout.num_parts(plan)  # one element a part stands for one unit a part
+        received = sum(
+            stop - start
+            for step in plan.schedule(0, length)
+            for digit, _ in step.peers()
+            for start, stop in [step.receives[digit]]
+        )
+        own = sum(step.span[1] - step.span[0] for step in plan.schedule(0, length))
+        assert layout.num_areas(plan) == received + own
+
+
+@pytest.mark.parametrize("packets", FORMATS.values(), ids=FORMATS)
+def test_units_cover_every_message(packets):
+    for word in ("exchange:2", "split:4 exchange:2", "split:3 split:5"):
+        plan = Plan.parse(word)
+        for num_bytes in (
+            1,
+            packets.data_bytes,
+            60 * packets.data_bytes,
+            60 * packets.data_bytes + 1,
+        ):
+            covered = layout.num_parts(plan) * packets.data_bytes
+            units = layout.num_units(plan, packets, num_bytes)
+            assert (units - 1) * covered < num_bytes <= units * covered
+
+
+def test_first_gap():
+    assert first_gap([], 10, 10) == 0
+    assert first_gap([], 11, 10) is None
+    assert first_gap([(0, 4), (6, 8)], 2, 10) == 4
+    assert first_gap([(6, 8), (0, 4), (1, 7)], 2, 10) == 8
+    assert first_gap([(0, 4), (6, 8)], 3, 10) is None
