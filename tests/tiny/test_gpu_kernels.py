@@ -40,7 +40,7 @@ def test_named_plans_compile_lean(name, arch):
     plan = Plan.named(name, Topology(4, 8))
     for packets in FORMATS.values():
         built = jit.build(spec(str(plan), packets, arch))
-        assert built.num_registers * layout.most_threads(plan, packets) <= 65536  # a multiprocessor's
+        assert built.num_registers * layout.most_threads(plan) <= 65536  # a multiprocessor's
         assert built.spill_bytes == 0
         assert built.stack_bytes == 0
         assert entry_points(built.cubin) == 1

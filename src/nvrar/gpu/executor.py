@@ -167,7 +167,7 @@ class GpuExecutor:
         kernel.fill_call(args, plan, packets, dtype, op, 0, 0, num_bytes)
         self.calls[args.signature] = f"{num_bytes} bytes of {dtype} ({op}) by '{plan}'"
         whole, ragged = (self._function(plan, packets, dtype, op, w) for w in (True, False))
-        threads = layout.most_threads(plan, packets)
+        threads = layout.most_threads(plan)
         resident = min(whole.resident_blocks(threads), ragged.resident_blocks(threads))
         shape = layout.launch_shape(plan, packets, num_bytes, self._num_processors * resident)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))

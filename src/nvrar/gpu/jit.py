@@ -74,7 +74,7 @@ class KernelSpec:
         defines = ["#define NVRAR_PUT"] if self.uses_put else []
         if self.jitter_ns:
             defines.append(f"#define NVRAR_JITTER_NS {self.jitter_ns}")
-        threads = most_threads(self.plan, self.packets)
+        threads = most_threads(self.plan)
         kernel = (
             f"nvrar::all_reduce<nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}, "
             f"nvrar::{OPS[self.op]}, {str(self.whole).lower()}>"

@@ -62,13 +62,13 @@ class LaunchShape:
     threads: int
 
 
-def most_threads(plan: Plan, packets: Format) -> int:
+def most_threads(plan: Plan) -> int:
     """The largest block that a kernel is compiled for.
 
-    Warps of a plan that splits hold several parts of 30 bytes a thread, and need the registers of two;
-    they are few, because each takes a unit of every part.
+    Threads of a plan that splits carry a unit of every part and need the registers of two; there are
+    fewer of them for it.
     """
-    return 256 if packets is LL128 and num_parts(plan) > 1 else 512
+    return 256 if num_parts(plan) > 1 else 512
 
 
 def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) -> LaunchShape:
@@ -79,6 +79,6 @@ def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) 
     """
     needed = num_units(plan, packets, num_bytes) * packets.threads
     threads = 128
-    while threads < most_threads(plan, packets) and needed > threads * 64:
+    while threads < most_threads(plan) and needed > threads * 64:
         threads *= 2
     return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)

@@ -83,7 +83,7 @@ class VirtualCluster:
             for library in self._libraries
         ]
         # All blocks of all ranks must be on the device at once: they wait for each other.
-        threads = layout.most_threads(plan, packets)
+        threads = layout.most_threads(plan)
         resident = min(f.resident_blocks(threads) for f in self._functions)
         resident *= properties.multi_processor_count
         self.most_blocks = max(1, resident // self.num_ranks)
