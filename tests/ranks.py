@@ -85,7 +85,9 @@ class Ranks:
 
     def wait_for_word(self, rank: int) -> Any:
         """What the rank says next by :func:`say`."""
-        return pickle.loads(self._pipes[rank].recv_bytes())[1]
+        kind, value = pickle.loads(self._pipes[rank].recv_bytes())
+        assert kind == "word", f"rank {rank} ended first: {value}"
+        return value
 
     def join(self) -> list[Outcome]:
         """All outcomes by rank. Ranks that are still running at the deadline are killed."""
