@@ -7,30 +7,31 @@ tensor -> checks -> plan for its size -> executor -> tensor; or, where no execut
 from __future__ import annotations
 
 import logging
-import math
-import os
 import time
-import uuid
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from nvrar import host, tune
-from nvrar._version import __version__
+from nvrar import gpu, host, tune
+from nvrar.arguments import refusal_of_call
 from nvrar.cost import Machine, machine_named
-from nvrar.errors import ArgumentError, ClosedError, DisagreementError, NvrarError, TopologyError
+from nvrar.errors import ArgumentError, ClosedError, NvrarError
+from nvrar.options import Options, agree
 from nvrar.plan import Plan
-from nvrar.sideband import Report, Sideband, exchange_values, is_destroyed, resolve_group
-from nvrar.topology import Topology, from_sightings, sighting
+from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
+from nvrar.topology import Topology
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nvrar.gpu.calls import GpuCalls
 
 log = logging.getLogger("nvrar")
 
@@ -105,18 +106,23 @@ class Communicator:
         self.executor = executor
         self.stats = Stats()
 
-        refusal = self._refusal_of_options(topology, plan, machine)
-        wait_s = timeout_s if refusal is None else 30.0  # the value refused may be timeout_s itself
-        said = self._agree(refusal, topology, plan, machine, wait_s)
-        self.topology = topology or from_sightings(
-            [s["sighting"] for s in said], dist.get_process_group_ranks(self.group)
+        options = Options(
+            topology, plan, max_bytes, timeout_s, deterministic, wire_dtype, machine, executor
         )
+        agreement = agree(self.group, options, gpu.lack(self.group))
+        self.name = agreement.name
+        self.topology = agreement.topology
         self.plan = plan if plan == "auto" else Plan.resolve(plan, self.topology)
-        self.machine = machine if isinstance(machine, Machine) else machine_named(machine or "gloo")
-        self.name: str = said[0]["name"]
-
+        default = "gloo" if agreement.gpu_lack else "h100-ndr"
+        self.machine = (
+            machine if isinstance(machine, Machine) else machine_named(machine or default)
+        )
         self._host = host.HostExecutor(self.group, self.topology, self.name)
         self._sideband = Sideband(self.group, self.name, timeout_s)
+        self._gpu_lack = agreement.gpu_lack
+        self._gpu: GpuCalls | None = None
+        if executor == "auto" and not agreement.gpu_lack:
+            self._gpu = self._make_gpu_calls()
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
@@ -150,18 +156,46 @@ class Communicator:
         if self._ended is not None:
             raise self._ended.with_traceback(None)  # else it would grow with every call
         self._epoch += 1
-        refusal = _refusal_of_call(x, out, op)
+        refusal = refusal_of_call(x, out, op)
         if refusal:
             self._sideband.publish(Report(self._epoch, "", refused=refusal))
             raise ArgumentError(refusal)
-        with torch.no_grad():
-            if out is None:
-                out = torch.empty_like(x, memory_format=_DENSE)
-            self.stats.calls += 1
-            self.stats.bytes += x.nbytes
-            if x.numel():
-                self._run(x, out, op)
+        if out is None:
+            out = torch.empty_like(x, memory_format=_DENSE, requires_grad=False)
+        self.stats.calls += 1
+        self.stats.bytes += x.nbytes
+        if x.numel():
+            if self._gpu is not None and x.is_cuda:
+                self._run_gpu(self._gpu, x, out, op)
+            else:
+                with torch.no_grad():
+                    self._run(x, out, op)
         return out
+
+    def warmup(
+        self, sizes: Iterable[int], dtype: torch.dtype = torch.bfloat16, op: str = "sum"
+    ) -> None:
+        """Compiles and loads what CUDA messages of ``sizes`` bytes need, so that no call does. Local.
+
+        Creation has done it for bfloat16 sums of all sizes. Without a GPU there is nothing to do.
+        """
+        if self._gpu is not None:
+            self._gpu.warmup((n for n in sizes if n <= self.max_bytes), dtype, op)
+
+    def check(self) -> None:
+        """Waits for the GPU, and raises what went wrong in calls so far. Local.
+
+        A call on CUDA tensors returns before it has run, as every CUDA operation does; where it fails, the
+        result is NaN, and the next call raises. Call this before trusting results without another call.
+
+        Raises:
+            PeerTimeout, DisagreementError, ClosedError: as :meth:`all_reduce`.
+        """
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu.device)
+            self._raise_gpu_failure(self._gpu)
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective."""
@@ -173,6 +207,8 @@ class Communicator:
     def close(self) -> None:
         """Ends this rank's use of it. Not collective; may be called more than once."""
         if not isinstance(self._ended, ClosedError):
+            if self._gpu is not None:
+                self._gpu.close()
             self._ended = ClosedError(
                 f"communicator {self.name} was closed; make a new one for further calls"
             )
@@ -195,6 +231,44 @@ class Communicator:
         )
 
     # -- running -----------------------------------------------------------------------------------
+
+    def _make_gpu_calls(self) -> GpuCalls | None:
+        from nvrar.gpu.calls import GpuCalls
+        from nvrar.gpu.heap import GpuUnavailable
+
+        budget_s = self.timeout_s - self._sideband.grace_s
+        try:
+            return GpuCalls(
+                self.group, self.topology, self.plan_for, self.max_bytes, self.timeout_s, budget_s
+            )
+        except GpuUnavailable as error:  # the same on every rank
+            self._gpu_lack = str(error)
+            return None
+
+    def _run_gpu(self, calls: GpuCalls, x: Tensor, out: Tensor, op: str) -> None:
+        if calls.has_failed:
+            self._raise_gpu_failure(calls)
+        if x.device != calls.device:
+            raise ArgumentError(
+                f"x is on {x.device}, the communicator was made on {calls.device}; make it, and call it, "
+                "with the same current device"
+            )
+        reason = calls.lack(x, op)
+        if reason or x.nbytes > self.max_bytes:
+            reason = reason or self._too_large()
+            return self._run_torch(x, out, op, reason, time.monotonic() + self.timeout_s)
+        wire = host.wire_type(x.dtype, self.wire_dtype)
+        if wire == x.dtype and x.is_contiguous() and out.is_contiguous():
+            return calls.all_reduce(x, out, op)
+        packed = x.detach().to(wire, memory_format=_DENSE, copy=True)
+        calls.all_reduce(packed, packed, op)
+        out.copy_(packed)
+        return None
+
+    def _raise_gpu_failure(self, calls: GpuCalls) -> None:
+        if calls.has_failed and self._ended is None:
+            deadline = time.monotonic() + self._sideband.grace_s
+            self._end(calls.report(), deadline, None)
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
         deadline = time.monotonic() + self.timeout_s
@@ -264,7 +338,7 @@ class Communicator:
         if total is not out:
             out.copy_(total)
 
-    def _end(self, report: Report, deadline: float, cause: Exception) -> NoReturn:
+    def _end(self, report: Report, deadline: float, cause: Exception | None) -> NoReturn:
         """Raises what ``report`` amounts to, now and in every later call."""
         if is_destroyed(self.group):
             self._ended = ClosedError(
@@ -278,128 +352,15 @@ class Communicator:
     def _fallback_reason(self, x: Tensor) -> str:
         """Why no executor takes ``x``; empty if one does. Equal on all ranks that make the same call."""
         if x.nbytes > self.max_bytes:
-            return f"messages above max_bytes ({self.max_bytes})"
+            return self._too_large()
         if x.dtype not in host.DTYPES:
             return f"dtype {x.dtype}"
         if x.device.type != "cpu" and self.executor != "host":
-            return f"no executor for {x.device.type} tensors"
+            return f"no executor for {x.device.type} tensors: {self._gpu_lack}"
         return ""
 
-    # -- creation ----------------------------------------------------------------------------------
-
-    def _refusal_of_options(
-        self, topology: Topology | None, plan: str | Plan, machine: Machine | str | None
-    ) -> NvrarError | None:
-        """What is wrong with this rank's arguments, before any other rank is asked."""
-        try:
-            if not isinstance(self.timeout_s, (int, float)) or not 0 < self.timeout_s < math.inf:
-                raise ArgumentError(f"timeout_s is {self.timeout_s!r}; it must be a time above 0")
-            if not isinstance(self.max_bytes, int) or self.max_bytes < 0:
-                raise ArgumentError(f"max_bytes is {self.max_bytes!r}; it must be 0 or more bytes")
-            if self.wire_dtype not in (None, torch.float32):
-                raise ArgumentError(
-                    f"wire_dtype is {self.wire_dtype}; it must be torch.float32 or None"
-                )
-            if self.executor not in ("auto", "host"):
-                raise ArgumentError(f"executor is {self.executor!r}; it must be 'auto' or 'host'")
-            if isinstance(machine, str):
-                machine_named(machine)
-            elif machine is not None and not isinstance(machine, Machine):
-                raise ArgumentError(f"machine is {machine!r}; it must be a name or a Machine")
-            if topology is not None and not isinstance(topology, Topology):
-                raise ArgumentError(
-                    f"topology is {topology!r}; it must be a Topology, such as Topology(2, 4) or "
-                    "Topology.parse('2x4')"
-                )
-            if topology is not None and topology.world_size != self.world_size:
-                raise TopologyError(
-                    f"topology {topology} has {topology.world_size} ranks, the group has "
-                    f"{self.world_size}; num_nodes * ranks_per_node must be {self.world_size}"
-                )
-            if not isinstance(plan, (str, Plan)):
-                raise ArgumentError(f"plan is {plan!r}; it must be a name, a word or a Plan")
-            if plan != "auto":
-                Plan.resolve(plan, topology or Topology.flat(self.world_size))
-        except NvrarError as error:
-            return error
-        return None
-
-    def _agree(
-        self,
-        refusal: NvrarError | None,
-        topology: Topology | None,
-        plan: str | Plan,
-        machine: Machine | str | None,
-        wait_s: float,
-    ) -> list[dict[str, Any]]:
-        """What every rank said of itself, once all have said the same of what must be equal."""
-        common = {
-            "version": __version__,
-            "topology": repr(topology),
-            "plan": str(plan),
-            "max_bytes": str(self.max_bytes),
-            "timeout_s": str(self.timeout_s),
-            "deterministic": str(bool(self.deterministic)),
-            "wire_dtype": str(self.wire_dtype),
-            "machine": str(machine),
-            "executor": str(self.executor),
-        }
-        mine = {
-            "name": uuid.uuid4().hex[:12],  # the first rank's becomes the communicator's
-            "refusal": None if refusal is None else str(refusal),
-            "sighting": sighting(os.environ),
-            "common": common,
-        }
-        try:
-            said = exchange_values(self.group, "communicator", mine, wait_s)
-        except NvrarError as error:
-            raise refusal or error from None
-        if refusal is not None:
-            raise refusal
-        for rank, other in enumerate(said):
-            if other["refusal"] is not None:
-                raise DisagreementError(f"rank {rank} refused its arguments: {other['refusal']}")
-        for key in common:
-            values = [other["common"].get(key) for other in said]
-            if any(value != values[0] for value in values):
-                odd = next(r for r, value in enumerate(values) if value != values[0])
-                raise DisagreementError(
-                    f"{key} is {values[0]} on rank 0 and {values[odd]} on rank {odd}; give the "
-                    "same arguments (and install the same version) on all ranks of the group"
-                )
-        return said
-
-
-def _refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
-    if not isinstance(x, torch.Tensor):
-        return f"x is {type(x).__name__}, not a torch.Tensor"
-    if x.layout != torch.strided:
-        return f"x has layout {x.layout}; all_reduce takes dense tensors: call x.to_dense() first"
-    if op not in host.OPS:
-        return f"op is {op!r}; it must be one of {', '.join(host.OPS)}"
-    if op == "avg" and not x.dtype.is_floating_point:
-        return f"op 'avg' needs a floating type and x is {x.dtype}; use 'sum' and divide"
-    if out is None:
-        return ""
-    if not isinstance(out, torch.Tensor):
-        return f"out is {type(out).__name__}, not a torch.Tensor"
-    for what in ("shape", "dtype", "device", "layout"):
-        if getattr(out, what) != getattr(x, what):
-            return (
-                f"out has {what} {getattr(out, what)}, x has {getattr(x, what)}; they must be equal"
-            )
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        return "elements of out share memory, as those of an expanded tensor do; give out.clone()"
-    if _partly_overlap(x, out):
-        return "x and out share part of their memory; give out=x, or memory of its own"
-    return ""
-
-
-def _partly_overlap(x: Tensor, out: Tensor) -> bool:
-    # Where one of them has gaps there is a buffer in between, and overlap does no harm.
-    if not (x.is_contiguous() and out.is_contiguous()):
-        return False
-    return 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes
+    def _too_large(self) -> str:
+        return f"messages above max_bytes ({self.max_bytes})"
 
 
 def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from nvrar.errors import ArgumentError
 from nvrar.gpu import heap, jit, kernel, layout
+from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.layout import LL, LL128, Format, LaunchShape
 from nvrar.plan import Plan
 from nvrar.sideband import exchange_values
@@ -23,20 +25,12 @@ if TYPE_CHECKING:
 TRANSPORTS = ("auto", "direct", "put")
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """How one size is reduced. Equal on all ranks, except for the launch shape, which need not be."""
-
-    plan: Plan
-    packets: Format
-
-
 @dataclass
-class _Prepared:
+class Prepared:
     """A call of one size, type and operation, ready but for the addresses."""
 
     args: ctypes.Structure
-    argument_pointers: ctypes.Array
+    pointers: ctypes.Array[ctypes.c_void_p]
     whole: kernel.Function
     ragged: kernel.Function
     shape: LaunchShape
@@ -47,17 +41,22 @@ class GpuExecutor:
     """Collective to make over ``group``. Kernels of one executor run in stream order.
 
     Args:
-        algorithms: for every plan that may run, the packet formats and the largest message of each;
-            equal on all ranks. It sizes the workspace.
+        algorithms: told whether LL128 may be used, gives every algorithm that may run with its largest
+            message in bytes; equal on all ranks. It sizes the workspace.
         timeout_s: bound on waits for peers during creation.
         budget_s: bound on every wait inside a kernel.
+
+    Raises:
+        GpuUnavailable: NVSHMEM cannot be had, or has no memory left.
+        ArgumentError: NVRAR_TRANSPORT asks for what the links cannot do.
+        PeerTimeout: a rank did not come.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         topology: Topology,
-        algorithms: dict[Algorithm, int],
+        algorithms: Callable[[bool], dict[Algorithm, int]],
         timeout_s: float,
         budget_s: float,
     ) -> None:
@@ -70,7 +69,18 @@ class GpuExecutor:
         self._position = topology.position_of(group.rank())
         self._transport = _transport_option()
         self._heap = heap.open_heap(timeout_s)
-        self._region_bytes = {f: _largest(algorithms, f) for f in (LL, LL128)}
+        self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
+        self._mapped = [self._heap.is_mapped(pe) for pe in self._pes]
+        if self._transport == "direct" and not all(self._mapped):
+            far = [r for r, mapped in enumerate(self._mapped) if not mapped]
+            raise ArgumentError(
+                f"NVRAR_TRANSPORT=direct, but the memory of ranks {far} is not mapped on rank "
+                f"{group.rank()}; leave it unset, and such ranks are reached by put"
+            )
+        near = all(self._mapped) and self._transport != "put" and _links_keep_lines(self._pes)
+        self.algorithms = algorithms(all(exchange_values(group, "near", near, timeout_s)))
+
+        self._region_bytes = {f: _largest(self.algorithms, f) for f in (LL, LL128)}
         inbox_bytes = 2 * sum(self._region_bytes.values())
         # Inboxes, and behind them an outbox of the LL region's size for what travels by put.
         self._piece = self._heap.allocate(
@@ -82,48 +92,29 @@ class GpuExecutor:
         self._failure_memory = torch.zeros(8, dtype=torch.int32).pin_memory()
         self.failure = kernel.Failure.from_address(self._failure_memory.data_ptr())
         self._budget_ticks = kernel.budget_ticks(budget_s)
-        self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
-        self._mapped = [bool(self._heap.address_at(self._piece, pe)) for pe in self._pes]
-        self.lines_travel_whole = all(
-            exchange_values(
-                group, "mapped", all(self._mapped) and self._transport != "put", timeout_s
-            )
-        )
-        if self._transport == "direct" and not all(self._mapped):
-            far = [r for r, mapped in enumerate(self._mapped) if not mapped]
-            raise ArgumentError(
-                f"NVRAR_TRANSPORT=direct, but the memory of ranks {far} is not mapped on rank "
-                f"{group.rank()}; leave it unset, and such ranks are reached by put"
-            )
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
         self._libraries: list[object] = []
-        self._prepared: dict[tuple[object, ...], _Prepared] = {}
         self._last_stream: torch.cuda.Stream | None = None
-        self.calls: dict[int, str] = {}  # what each signature stands for
+        self._calls: dict[int, tuple[str, Plan]] = {}  # what each signature stands for
         torch.cuda.synchronize(self.device)
         exchange_values(group, "gpu executor", True, timeout_s)
 
     # -- calls -------------------------------------------------------------------------------------
 
-    def all_reduce(self, x: Tensor, out: Tensor, algorithm: Algorithm, op: str) -> None:
+    def launch(self, prepared: Prepared, x: Tensor, out: Tensor) -> None:
         """Puts the reduction of all ranks' ``x`` into ``out`` on the current stream. Collective, capturable.
 
-        Both are contiguous, of one length (not 0) and type, on this executor's device.
+        Both are contiguous, of the length and type that was prepared, on this executor's device.
         """
-        num_bytes = x.nbytes
-        key = (num_bytes, x.dtype, op, algorithm)
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = self._prepared[key] = self._prepare(num_bytes, x.dtype, op, algorithm)
         args = prepared.args
         args.in_ = source = x.data_ptr()
         args.out = target = out.data_ptr()
-        whole = (source | target | num_bytes) % prepared.align == 0
+        whole = (source | target | args.num_bytes) % prepared.align == 0
         function = prepared.whole if whole else prepared.ragged
         stream = torch.cuda.current_stream(self.device)
         if stream != self._last_stream:
             self._follow(stream)
-        function.launch_prepared(prepared.shape, prepared.argument_pointers, stream.cuda_stream)
+        function.launch_prepared(prepared.shape, prepared.pointers, stream.cuda_stream)
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
         """Keeps the kernels of this communicator in order when the caller changes streams. A captured
@@ -134,15 +125,15 @@ class GpuExecutor:
         if not capturing:
             self._last_stream = stream
 
-    def warm_up(self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm) -> None:
-        """Compiles and loads what such a call needs, so that the call itself does neither. Local."""
-        key = (num_bytes, dtype, op, algorithm)
-        if key not in self._prepared:
-            self._prepared[key] = self._prepare(num_bytes, dtype, op, algorithm)
-
-    def _prepare(
+    def prepare(
         self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm
-    ) -> _Prepared:
+    ) -> Prepared:
+        """What a call needs. Compiles and loads its kernels the first time; local.
+
+        Raises:
+            ArgumentError: the message is larger than the workspace was made for, or kernels would have to
+                be compiled while a graph is captured.
+        """
         plan, packets = algorithm.plan, algorithm.packets
         args = kernel.args_type_of(plan)()
         parity_bytes = self._region_bytes[packets]
@@ -165,13 +156,14 @@ class GpuExecutor:
         addresses = [self._heap.address_at(self._piece, pe) for pe in pes]
         args.peer[:] = [address + region if address else 0 for address in addresses]
         kernel.fill_call(args, plan, packets, dtype, op, 0, 0, num_bytes)
-        self.calls[args.signature] = f"{num_bytes} bytes of {dtype} ({op}) by '{plan}'"
+        text = f"all_reduce of {num_bytes // dtype.itemsize} x {dtype} ({op}) by '{plan}'"
+        self._calls[args.signature] = (text, plan)
         whole, ragged = (self._function(plan, packets, dtype, op, w) for w in (True, False))
         threads = layout.most_threads(plan)
         resident = min(whole.resident_blocks(threads), ragged.resident_blocks(threads))
         shape = layout.launch_shape(plan, packets, num_bytes, self._num_processors * resident)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-        return _Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
+        return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
 
     def _function(
         self, plan: Plan, packets: Format, dtype: torch.dtype, op: str, whole: bool
@@ -187,6 +179,11 @@ class GpuExecutor:
             args_bytes=ctypes.sizeof(kernel.args_type_of(plan)),
         )
         if spec not in self._functions:
+            if torch.cuda.is_current_stream_capturing():
+                raise ArgumentError(
+                    f"the kernel for {dtype} ({op}) by '{plan}' is not loaded, and cannot be while a graph "
+                    "is captured; call Communicator.warmup with the sizes and the type before the capture"
+                )
             library = jit.load(spec)
             if spec.uses_put:
                 heap.initialise_library(int(library.handle))
@@ -205,6 +202,10 @@ class GpuExecutor:
             for i in range(len(plan.levels))
         )
 
+    def call_of(self, signature: int) -> tuple[str, Plan]:
+        """The call that a kernel reported by its signature, in words, and its plan."""
+        return self._calls[signature]
+
     def close(self) -> None:
         """Local. The workspace is given back unless a call went wrong: then packets may still come in."""
         torch.cuda.synchronize(self.device)
@@ -217,6 +218,21 @@ def _transport_option() -> str:
     if chosen not in TRANSPORTS:
         raise ArgumentError(f"NVRAR_TRANSPORT is {chosen!r}; it must be {', '.join(TRANSPORTS)}")
     return chosen
+
+
+def _links_keep_lines(pes: list[int]) -> bool:
+    """Whether the GPUs of this process are joined by NVLink rather than PCIe, as far as CUDA says."""
+    if len(pes) == 1:
+        return True
+    here = torch.cuda.current_device()
+    others = [d for d in range(torch.cuda.device_count()) if d != here]
+    if not others:  # one visible GPU a process: ask about what cannot be seen is no use
+        return True
+    from cuda.bindings import runtime
+
+    attribute = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
+    answers = [runtime.cudaDeviceGetP2PAttribute(attribute, here, d) for d in others]
+    return all(int(status) == 0 and supported for status, supported in answers)
 
 
 def _largest(algorithms: dict[Algorithm, int], packets: Format) -> int:

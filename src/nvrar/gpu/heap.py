@@ -8,11 +8,10 @@ a communicator's piece is agreed on by its own ranks alone: any group, overlappi
 from __future__ import annotations
 
 import base64
-import contextlib
 import ctypes
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvrar.errors import NvrarError
 from nvrar.sideband import exchange_values
@@ -75,6 +74,10 @@ class Heap:
     def release(self, piece: Piece) -> None:
         """Gives the piece back; local. Nothing may be on its way into it any more."""
         self._taken.discard((piece.offset, piece.offset + piece.num_bytes))
+
+    def is_mapped(self, pe: int) -> bool:
+        """Whether plain loads and stores reach the memory of ``pe``."""
+        return pe == self.pe or bool(self._nvshmem.ptr(self._address, pe))
 
     def address_at(self, piece: Piece, pe: int) -> int:
         """The address of the same piece on ``pe``, or 0 where that memory is not mapped here."""
@@ -141,7 +144,7 @@ def _open(timeout_s: float) -> Heap:
     return Heap(address, arena_bytes)
 
 
-def _bindings():  # type: ignore[no-untyped-def]
+def _bindings() -> Any:
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
         from nvshmem import bindings
@@ -153,7 +156,7 @@ def _bindings():  # type: ignore[no-untyped-def]
     return bindings
 
 
-def _new_unique_id(nvshmem) -> str:  # type: ignore[no-untyped-def]
+def _new_unique_id(nvshmem: Any) -> str:
     _prefer_given_interface()
     unique_id = nvshmem.uniqueid()
     nvshmem.get_uniqueid(unique_id.ptr)
@@ -161,7 +164,7 @@ def _new_unique_id(nvshmem) -> str:  # type: ignore[no-untyped-def]
     return base64.b64encode(ctypes.string_at(unique_id.ptr, size)).decode()
 
 
-def _initialise(nvshmem, rank: int, num_ranks: int, encoded: str) -> None:  # type: ignore[no-untyped-def]
+def _initialise(nvshmem: Any, rank: int, num_ranks: int, encoded: str) -> None:
     _prefer_given_interface()
     raw = base64.b64decode(encoded)
     unique_id = nvshmem.uniqueid()
@@ -191,6 +194,4 @@ def _zero(address: int, num_bytes: int) -> None:
 
 def initialise_library(handle: int) -> None:
     """Tells a loaded kernel library where NVSHMEM's device state is. Needed once a library that puts."""
-    with contextlib.suppress(TypeError):  # newer bindings take a plain int as well
-        handle = int(handle)
     _bindings().culibrary_init(handle)

@@ -51,8 +51,6 @@ class Failure(ctypes.Structure):
     )
 
 
-
-
 def budget_ticks(budget_s: float) -> int:
     """A wait's budget in the kernel's unit, 2**20 ns."""
     return max(1, int(budget_s * 1e9) >> 20)
@@ -114,7 +112,11 @@ class Function:
         self.launch_prepared(shape, pointers, stream, ranks)
 
     def launch_prepared(
-        self, shape: LaunchShape, pointers: ctypes.Array, stream: int, ranks: int = 1
+        self,
+        shape: LaunchShape,
+        pointers: ctypes.Array[ctypes.c_void_p],
+        stream: int,
+        ranks: int = 1,
     ) -> None:
         """As :meth:`launch`, with the array of pointers to arguments that the driver wants."""
         (status,) = self._launch(

@@ -1,0 +1,145 @@
+"""What a communicator is asked for: whether it can work, and whether all ranks asked the same."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nvrar._version import __version__
+from nvrar.cost import Machine, machine_named
+from nvrar.errors import ArgumentError, DisagreementError, NvrarError, TopologyError
+from nvrar.plan import Plan
+from nvrar.sideband import exchange_values
+from nvrar.topology import Topology, from_sightings, sighting
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+EXECUTORS = ("auto", "host")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :class:`nvrar.Communicator`, which documents them."""
+
+    topology: Topology | None
+    plan: str | Plan
+    max_bytes: int
+    timeout_s: float
+    deterministic: bool
+    wire_dtype: torch.dtype | None
+    machine: Machine | str | None
+    executor: str
+
+    def check(self, num_ranks: int) -> None:
+        """Raises a NvrarError for a value that cannot work, before any other rank is asked."""
+        if not isinstance(self.timeout_s, (int, float)) or not 0 < self.timeout_s < math.inf:
+            raise ArgumentError(f"timeout_s is {self.timeout_s!r}; it must be a time above 0")
+        if not isinstance(self.max_bytes, int) or self.max_bytes < 0:
+            raise ArgumentError(f"max_bytes is {self.max_bytes!r}; it must be 0 or more bytes")
+        if self.wire_dtype not in (None, torch.float32):
+            raise ArgumentError(
+                f"wire_dtype is {self.wire_dtype}; it must be torch.float32 or None"
+            )
+        if self.executor not in EXECUTORS:
+            raise ArgumentError(f"executor is {self.executor!r}; it must be 'auto' or 'host'")
+        if isinstance(self.machine, str):
+            machine_named(self.machine)
+        elif self.machine is not None and not isinstance(self.machine, Machine):
+            raise ArgumentError(f"machine is {self.machine!r}; it must be a name or a Machine")
+        self._check_topology(num_ranks)
+        if not isinstance(self.plan, (str, Plan)):
+            raise ArgumentError(f"plan is {self.plan!r}; it must be a name, a word or a Plan")
+        if self.plan != "auto":
+            Plan.resolve(self.plan, self.topology or Topology.flat(num_ranks))
+
+    def _check_topology(self, num_ranks: int) -> None:
+        if self.topology is None:
+            return
+        if not isinstance(self.topology, Topology):
+            raise ArgumentError(
+                f"topology is {self.topology!r}; it must be a Topology, such as Topology(2, 4) or "
+                "Topology.parse('2x4')"
+            )
+        if self.topology.world_size != num_ranks:
+            raise TopologyError(
+                f"topology {self.topology} has {self.topology.world_size} ranks, the group has "
+                f"{num_ranks}; num_nodes * ranks_per_node must be {num_ranks}"
+            )
+
+    def _shown(self) -> dict[str, str]:
+        shown = {field.name: repr(getattr(self, field.name)) for field in fields(self)}
+        shown["plan"] = str(self.plan)  # a Plan and its word are the same request
+        shown["deterministic"] = str(bool(self.deterministic))
+        return {"version": __version__, **shown}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks of a group settled on."""
+
+    name: str
+    topology: Topology
+    gpu_lack: str  # why CUDA tensors cannot have the GPU executor; empty if they can, on every rank
+
+
+def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreement:
+    """Settles what ranks must share. Collective over ``group``; a wrong value ends it on every rank.
+
+    Raises:
+        NvrarError: this rank's options cannot work (see :meth:`Options.check`).
+        DisagreementError: another rank's cannot, or they differ.
+        PeerTimeout: a rank did not come within ``timeout_s``.
+    """
+    refusal: NvrarError | None = None
+    wait_s = 30.0  # the value refused may be timeout_s itself
+    try:  # the others are told before it is raised here
+        options.check(group.size())
+        wait_s = options.timeout_s
+    except NvrarError as error:
+        refusal = error
+    mine = {
+        "name": uuid.uuid4().hex[:12],  # the first rank's becomes the communicator's
+        "refusal": None if refusal is None else str(refusal),
+        "sighting": sighting(os.environ),
+        "gpu_lack": gpu_lack,
+        "options": options._shown(),
+    }
+    try:
+        said = exchange_values(group, "communicator", mine, wait_s)
+    except NvrarError as error:
+        raise refusal or error from None
+    if refusal is not None:
+        raise refusal
+    _check_equal(said)
+    return Agreement(said[0]["name"], options.topology or _detected(group, said), _lack(said))
+
+
+def _check_equal(said: list[dict[str, Any]]) -> None:
+    for rank, other in enumerate(said):
+        if other["refusal"] is not None:
+            raise DisagreementError(f"rank {rank} refused its arguments: {other['refusal']}")
+    for key in said[0]["options"]:
+        values = [other["options"].get(key) for other in said]
+        odd = next((r for r, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise DisagreementError(
+                f"{key} is {values[0]} on rank 0 and {values[odd]} on rank {odd}; give the "
+                "same arguments (and install the same version) on all ranks of the group"
+            )
+
+
+def _detected(group: dist.ProcessGroup, said: list[dict[str, Any]]) -> Topology:
+    import torch.distributed as dist
+
+    return from_sightings([s["sighting"] for s in said], dist.get_process_group_ranks(group))
+
+
+def _lack(said: list[dict[str, Any]]) -> str:
+    lacks = [(rank, other["gpu_lack"]) for rank, other in enumerate(said) if other["gpu_lack"]]
+    return f"rank {lacks[0][0]} {lacks[0][1]}" if lacks else ""
