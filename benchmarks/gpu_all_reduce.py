@@ -10,13 +10,16 @@ import argparse
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from nvrar.gpu.executor import Algorithm, GpuExecutor
+import nvrar
+from nvrar.gpu.algorithms import Algorithm
+from nvrar.gpu.executor import GpuExecutor
 from nvrar.gpu.layout import LL, LL128, LaunchShape
 from nvrar.plan import Plan
 from nvrar.testing import reference_all_reduce
@@ -49,6 +52,24 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
     return start.elapsed_time(stop) * 1e3 / CALLS
 
 
+def eager(comm: nvrar.Communicator, device: torch.device, rank: int) -> None:
+    """Host time of a call outside a graph, with the GPU kept behind."""
+    x = torch.zeros(8192, dtype=torch.bfloat16, device=device)
+    calls = {"nvrar": lambda: comm.all_reduce(x, out=x), "nvrar new": lambda: comm.all_reduce(x)}
+    calls["nccl"] = lambda: dist.all_reduce(x)
+    for name, call in calls.items():
+        samples = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            samples.append((time.perf_counter() - start) / 50 * 1e6)
+        if rank == 0:
+            print(f"eager host time {name}: {statistics.median(samples):.1f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", default="1K,4K,16K,64K,128K,256K,512K,1M,2M,4M")
@@ -73,7 +94,8 @@ def main() -> None:
     put = os.environ.get("NVRAR_TRANSPORT") == "put"
     formats = (LL,) if put else (LL, LL128)
     algorithms = {Algorithm(p, f): max(sizes) for p in plans for f in formats}
-    ours = GpuExecutor(dist.group.WORLD, topology, algorithms, 30.0, 2.0)
+    ours = GpuExecutor(dist.group.WORLD, topology, lambda _: algorithms, 30.0, 2.0)
+    comm = nvrar.Communicator(topology=topology, max_bytes=max(sizes), timeout_s=20)
     pool_group = dist.new_group()
     shapes = [LaunchShape(*map(int, s.split("x"))) for s in options.shapes.split(",") if s]
     rows = []
@@ -86,19 +108,21 @@ def main() -> None:
         for algorithm in algorithms:
             expected = reference_all_reduce(inputs, algorithm.plan)
             out = torch.empty_like(x)
-            ours.all_reduce(x, out, algorithm, "sum")
+            prepared = ours.prepare(size, x.dtype, "sum", algorithm)
+            ours.launch(prepared, x, out)
             torch.cuda.synchronize()
             assert ours.failure.kind == 0, (size, algorithm, ours.failure.kind, ours.failure.level)
             assert torch.equal(out.view(torch.int16), expected.view(torch.int16)), (size, algorithm)
-            prepared = ours._prepared[(size, x.dtype, "sum", algorithm)]
             for shape in shapes or [prepared.shape]:
 
-                def call(x=x, a=algorithm, o=out, s=shape, p=prepared):
+                def call(x=x, o=out, s=shape, p=prepared):
                     p.shape = s
-                    ours.all_reduce(x, o, a, "sum")
+                    ours.launch(p, x, o)
 
                 label = f"{algorithm.packets.name} {algorithm.plan}"
                 contenders[label + (f" {shape.blocks}x{shape.threads}" if shapes else "")] = call
+        result = torch.empty_like(x)
+        contenders["auto"] = lambda x=x, o=result: comm.all_reduce(x, out=o)
         if options.peers:
             y = x.clone()
             contenders["nccl"] = lambda y=y: dist.all_reduce(y)
@@ -124,6 +148,7 @@ def main() -> None:
             for name, graph in graphs.items():
                 times[name].append(replay_us(graph))
         assert ours.failure.kind == 0
+        comm.check()
         names = list(times)
         table = torch.tensor([times[n] for n in names], device=device)
         dist.all_reduce(table, dist.ReduceOp.MAX)
@@ -136,6 +161,7 @@ def main() -> None:
                 flush=True,
             )
         del graphs
+    eager(comm, device, rank)
     if rank == 0 and options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file)

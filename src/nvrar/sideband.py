@@ -142,13 +142,13 @@ class Sideband:
         """The error to raise on this rank for a call that ended without its data.
 
         Follows who waits on whom from rank to rank, to the one that reported nothing: that one is dead,
-        stuck or elsewhere. Takes at most ``grace_s``; if this rank cannot tell whom it waited for, it
-        hears all the others first, until ``deadline`` (of ``time.monotonic``).
+        stuck or elsewhere. Takes at most ``grace_s``; where a rank could not tell whom it waited for, all
+        are heard first, until ``deadline`` (of ``time.monotonic``).
         """
-        if mine.waits_on is not None:
-            deadline = time.monotonic() + self.grace_s
-        left = deadline - time.monotonic()
-        found = self._bounded(lambda: self._judge(mine, deadline - 0.2 * self.grace_s), left)
+        deadline = max(deadline, time.monotonic() + self.grace_s)
+        found = self._bounded(
+            lambda: self._judge(mine, deadline - 0.2 * self.grace_s), deadline - time.monotonic()
+        )
         if found is not None:
             return found
         host = self._store_host
@@ -173,23 +173,32 @@ class Sideband:
         return found[0] if found else None
 
     def _set(self, report: Report) -> None:
-        self._store.set(f"{self._prefix}/{self._rank}", json.dumps(asdict(report)))
+        # A refusal does not end a communicator, so it must outlast the failure that it leads to.
+        key = self._refusal_key if report.refused else self._failure_key
+        self._store.set(key(self._rank), json.dumps(asdict(report)))
+
+    def _failure_key(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}"
+
+    def _refusal_key(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}/refusal"
 
     def _judge(self, mine: Report, deadline: float) -> NvrarError:
         self._set(mine)
         if mine.waits_on is None:
             return self._hear_all(mine, deadline)
+        soon = min(deadline, time.monotonic() + 0.8 * self.grace_s)
         path = {self._rank: mine}
         witness, suspect = mine, mine.waits_on
         while suspect not in path:
-            report = self._read(suspect, mine.epoch, deadline)
+            report = self._read(suspect, mine.epoch, soon)
             if report is None:  # silent: it is the one
                 return self._timeout(mine, [suspect], witness.reason)
             if report.refused or (report.epoch == mine.epoch and not report.same_call(mine)):
                 return self._disagreement(mine, suspect, report)
             path[suspect] = report
             if report.waits_on is None:
-                return self._timeout(mine, [suspect], report.reason)
+                return self._hear_all(mine, deadline)
             witness, suspect = report, report.waits_on
         # They wait on each other. In one call only a latecomer closes such a ring: it waits on a rank
         # that had given up on it, and sees a closed connection where the others spent their time.
@@ -201,25 +210,30 @@ class Sideband:
         return self._timeout(mine, late or [suspect], witness.reason)
 
     def _hear_all(self, mine: Report, deadline: float) -> NvrarError:
-        silent = []
-        for rank in range(self._size):
-            if rank == self._rank:
-                continue
-            report = self._read(rank, mine.epoch, deadline)
-            if report is None:
-                silent.append(rank)
-            elif report.refused or not report.same_call(mine):
+        heard = {
+            rank: self._read(rank, mine.epoch, deadline)
+            for rank in range(self._size)
+            if rank != self._rank
+        }
+        told = {rank: report for rank, report in heard.items() if report is not None}
+        for rank, report in told.items():
+            if report.refused or (report.epoch == mine.epoch and not report.same_call(mine)):
                 return self._disagreement(mine, rank, report)
+        silent = [rank for rank in heard if rank not in told]
+        # Of ranks that lost the same peer one may have been a call ahead; with nobody lost, they differ.
+        odd = [rank for rank, report in told.items() if not report.same_call(mine)]
+        if odd and not silent:
+            return self._disagreement(mine, odd[0], told[odd[0]])
         return self._timeout(mine, silent, mine.reason)
 
     def _read(self, rank: int, epoch: int, deadline: float) -> Report | None:
         """What ``rank`` says went wrong, if anything did by ``deadline``."""
-        key = f"{self._prefix}/{rank}"
         while True:
-            if self._store.check([key]):
-                report = Report(**json.loads(self._store.get(key)))
-                if not report.refused or report.epoch >= epoch:  # refusals of the past are over
-                    return report
+            for key in (self._refusal_key(rank), self._failure_key(rank)):
+                if self._store.check([key]):
+                    report = Report(**json.loads(self._store.get(key)))
+                    if not report.refused or report.epoch >= epoch:  # refusals of the past are over
+                        return report
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL_S)

@@ -10,7 +10,10 @@ from nvrar.plan import PLAN_NAMES, Plan
 from nvrar.testing import reference_all_reduce
 from nvrar.topology import Topology
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 TOPOLOGIES = [
     "1x2", "2x1", "1x3", "3x1", "2x2", "1x4", "4x1", "1x5", "5x1", "2x3", "3x2", "1x6", "1x7", "7x1",

@@ -250,19 +250,26 @@ def _resources(report: str) -> tuple[int, int, int]:
 
 
 def _cuda_includes() -> list[Path]:
-    """The CUDA headers, and the folder of libcu++ in them: from the wheels, else from a toolkit."""
+    """The CUDA headers and those of libcu++: from the wheels, else from a toolkit."""
     import nvidia
 
-    roots = [Path(p) / sub for p in nvidia.__path__ for sub in ("cu13", "cuda_runtime")]
+    roots = [
+        Path(p) / sub for p in nvidia.__path__ for sub in ("cu13", "cuda_runtime", "cuda_cccl")
+    ]
     roots += [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
-    for root in roots:
-        include = root / "include"
-        if (include / "cuda_bf16.h").exists():
-            return [include, include / "cccl"]
-    raise CompileError(
-        f"no CUDA headers in {', '.join(map(str, roots))}; pip install 'nvrar[cu13]' brings them, or set "
-        "CUDA_HOME to a toolkit"
-    )
+    folders = [root / "include" for root in roots]
+    folders += [folder / "cccl" for folder in folders]
+    # Of each kind the first: mixing two versions of a header is worse than missing one.
+    found = [
+        next((f for f in folders if (f / header).exists()), None)
+        for header in ("cuda_bf16.h", "cuda/std/type_traits")
+    ]
+    if None in found:
+        raise CompileError(
+            f"no CUDA headers in {', '.join(map(str, folders))}; pip install 'nvrar[cu13]' brings them, "
+            "or set CUDA_HOME to a toolkit"
+        )
+    return list(dict.fromkeys(f for f in found if f is not None))
 
 
 def _nvshmem_folder() -> Path:
