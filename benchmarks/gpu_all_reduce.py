@@ -7,6 +7,7 @@ replays of the largest time of any rank, in microseconds a call. Correct before 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -114,9 +115,9 @@ def main() -> None:
             assert ours.failure.kind == 0, (size, algorithm, ours.failure.kind, ours.failure.level)
             assert torch.equal(out.view(torch.int16), expected.view(torch.int16)), (size, algorithm)
             for shape in shapes or [prepared.shape]:
+                p = dataclasses.replace(prepared, shape=shape, configs={})
 
-                def call(x=x, o=out, s=shape, p=prepared):
-                    p.shape = s
+                def call(x=x, o=out, p=p):
                     ours.launch(p, x, o)
 
                 label = f"{algorithm.packets.name} {algorithm.plan}"

@@ -21,13 +21,23 @@ def refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
         return ""
     if not isinstance(out, torch.Tensor):
         return f"out is {type(out).__name__}, not a torch.Tensor"
+    if out is not x:
+        refusal = _refusal_of_pair(x, out)
+        if refusal:
+            return refusal
+    if 0 in out.stride() and any(
+        n > 1 for n, s in zip(out.shape, out.stride(), strict=True) if s == 0
+    ):
+        return "elements of out share memory, as those of an expanded tensor do; give out.clone()"
+    return ""
+
+
+def _refusal_of_pair(x: Tensor, out: Tensor) -> str:
     for what in ("shape", "dtype", "device", "layout"):
         if getattr(out, what) != getattr(x, what):
             return (
                 f"out has {what} {getattr(out, what)}, x has {getattr(x, what)}; they must be equal"
             )
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
-        return "elements of out share memory, as those of an expanded tensor do; give out.clone()"
     if _partly_overlap(x, out):
         return "x and out share part of their memory; give out=x, or memory of its own"
     return ""

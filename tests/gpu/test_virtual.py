@@ -121,6 +121,31 @@ def test_calls_of_random_sizes_with_random_delays(word, packets):
         assert all(same_bits(r, expected[n]) for r in results)
 
 
+@pytest.mark.parametrize("op", ["sum", "max"])
+def test_infinities_zeros_and_nan(op):
+    """As the specification has them; of a NaN only that it is one, on every rank the same."""
+    from nvrar.gpu.virtual import VirtualCluster
+
+    special = torch.tensor(
+        [0.0, -0.0, 1.5, float("inf"), float("-inf"), float("nan")], device="cuda"
+    )
+    for word in ("exchange:2", "split:2 exchange:3", "exchange:7"):
+        plan = Plan.parse(word)
+        generator = torch.Generator(device="cuda").manual_seed(3)
+        shape = (plan.world_size, 5000)
+        picks = torch.randint(6, shape, generator=generator, device="cuda")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            inputs = special[picks].to(dtype)
+            expected = reference_all_reduce(inputs, plan, op)
+            cluster = VirtualCluster(plan, LL, dtype, op, max_bytes=1 << 16)
+            results = cluster.all_reduce(list(inputs))
+            number = ~expected.isnan()
+            for result in results:
+                assert torch.equal(result.isnan(), ~number)
+                assert same_bits(result[number], expected[number])
+                assert same_bits(result, results[0])
+
+
 def test_the_epoch_wraps_around():
     from nvrar.gpu.virtual import VirtualCluster
 

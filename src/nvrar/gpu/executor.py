@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ class Prepared:
     ragged: kernel.Function
     shape: LaunchShape
     align: int
+    configs: dict[int, Any] = field(default_factory=dict)  # by stream
 
 
 class GpuExecutor:
@@ -94,7 +95,8 @@ class GpuExecutor:
         self._budget_ticks = kernel.budget_ticks(budget_s)
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
         self._libraries: list[object] = []
-        self._last_stream: torch.cuda.Stream | None = None
+        self._last_stream: int | None = None
+        self._overlaps = properties.major >= 9 and os.environ.get("NVRAR_OVERLAP", "1") != "0"
         self._calls: dict[int, tuple[str, Plan]] = {}  # what each signature stands for
         torch.cuda.synchronize(self.device)
         exchange_values(group, "gpu executor", True, timeout_s)
@@ -112,18 +114,24 @@ class GpuExecutor:
         whole = (source | target | args.num_bytes) % prepared.align == 0
         function = prepared.whole if whole else prepared.ragged
         stream = torch.cuda.current_stream(self.device)
-        if stream != self._last_stream:
+        raw_stream = stream.cuda_stream
+        if raw_stream != self._last_stream:
             self._follow(stream)
-        function.launch_prepared(prepared.shape, prepared.pointers, stream.cuda_stream)
+        config = prepared.configs.get(raw_stream)
+        if config is None:
+            config = function.config(prepared.shape, raw_stream, overlaps=self._overlaps)
+            prepared.configs[raw_stream] = config
+        function.launch(config, ctypes.addressof(prepared.pointers))
 
     def _follow(self, stream: torch.cuda.Stream) -> None:
         """Keeps the kernels of this communicator in order when the caller changes streams. A captured
         graph is ordered by whoever launches it."""
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self._last_stream is not None and not capturing:
-            stream.wait_stream(self._last_stream)
-        if not capturing:
-            self._last_stream = stream
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._last_stream is not None:
+            last = torch.cuda.ExternalStream(self._last_stream)  # type: ignore[no-untyped-call]
+            stream.wait_stream(last)
+        self._last_stream = stream.cuda_stream
 
     def prepare(
         self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import zlib
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -81,48 +82,52 @@ def fill_call(
 
 
 class Function:
-    """A loaded kernel. A launch takes about 3 us of host time."""
+    """A loaded kernel."""
 
     def __init__(self, handle: int) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._launch = driver.cuLaunchKernel
+        self._launch = driver.cuLaunchKernelEx
         self._handle = driver.CUfunction(handle)
 
     def resident_blocks(self, threads: int) -> int:
         """Blocks of so many threads that a multiprocessor holds at once."""
-        status, blocks = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            self._function(), threads, 0
-        )
-        _check(status, "asking for the occupancy of a kernel")
-        return max(1, int(blocks))
-
-    def _function(self) -> object:
         # The handle is a CUkernel, which launches take for a CUfunction and this query does not.
         status, function = self._driver.cuKernelGetFunction(
             self._driver.CUkernel(int(self._handle))
         )
         _check(status, "looking up a kernel")
-        return function
+        status, blocks = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            function, threads, 0
+        )
+        _check(status, "asking for the occupancy of a kernel")
+        return max(1, int(blocks))
 
-    def launch(self, shape: LaunchShape, ranks: int, argument: ctypes._CData, stream: int) -> None:
-        """``argument`` is what the kernel takes by value; it is read before this returns."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        self.launch_prepared(shape, pointers, stream, ranks)
+    def config(
+        self, shape: LaunchShape, stream: int, ranks: int = 1, overlaps: bool = False
+    ) -> Any:
+        """How to launch: made once, used for every launch of this shape on this stream.
 
-    def launch_prepared(
-        self,
-        shape: LaunchShape,
-        pointers: ctypes.Array[ctypes.c_void_p],
-        stream: int,
-        ranks: int = 1,
-    ) -> None:
-        """As :meth:`launch`, with the array of pointers to arguments that the driver wants."""
-        (status,) = self._launch(
-            self._handle, shape.blocks, ranks, 1, shape.threads, 1, 1, 0, stream,
-            ctypes.addressof(pointers), 0,
-        )  # fmt: skip
+        ``overlaps`` lets the launch begin while the kernel before it on the stream ends (programmatic
+        dependent launch, from sm_90 on); the kernel itself waits before it touches memory.
+        """
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = shape.blocks, ranks, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
+        config.hStream = self._driver.CUstream(stream)
+        if overlaps:
+            attribute = self._driver.CUlaunchAttribute()
+            ids = self._driver.CUlaunchAttributeID
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
+
+    def launch(self, config: Any, pointers: int) -> None:
+        """``pointers`` is the address of an array of pointers to the kernel's arguments, which are read
+        before this returns."""
+        (status,) = self._launch(config, self._handle, pointers, 0)
         if status:
             _check(status, "launching a kernel")
 

@@ -123,9 +123,11 @@ class VirtualCluster:
         """One all-reduce of all ranks on the current stream; capturable."""
         if shape is None:
             shape = layout.launch_shape(self.plan, self.packets, call.num_bytes, self.most_blocks)
-        argument = ctypes.c_uint64(call.table.data_ptr())
+        function = self._functions[call.whole]
+        table = ctypes.c_uint64(call.table.data_ptr())
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(table))
         stream = torch.cuda.current_stream().cuda_stream
-        self._functions[call.whole].launch(shape, self.num_ranks, argument, stream)
+        function.launch(function.config(shape, stream, self.num_ranks), ctypes.addressof(pointers))
 
     def all_reduce(
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor] | None = None

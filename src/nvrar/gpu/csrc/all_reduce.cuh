@@ -16,12 +16,14 @@ inline void all_reduce(const Args<Plan>& args) {
     // Where blocks put, their threads keep step: the loops' bound is the block's.
     const u32 ahead = Plan::uses(Transport::kPut) ? lane : 0;
 
+    wait_for_previous_kernel();
     Columns column(args);
     column.go_to(first);
     typename Columns::Ahead input;
     if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
     const Entry entry = enter(args.control);
     column.enter(entry);
+    let_next_kernel_start();
     if constexpr (Columns::kLoadsAhead) {
         if (first - ahead < args.num_units) column.send_input(input);
     }

@@ -240,7 +240,7 @@ class Column {
         constexpr int kRadix = Plan::radix(I), kMost = most_looks(Plan::own_parts(I));
         constexpr int kLooks = kRadix < kMost ? kRadix : kMost;
         Accumulator<Type, Op, Packet::kWords> total;
-        if constexpr (kRadix == 2) {  // two make the same sum in either order
+        if constexpr (kRadix == 2 && Op::kCommutes) {  // two make the same sum in either order
             Payload got[1];
             receive<I, 1>(Plan::reduce_area(I), part, 1 - args_.digit[I], got);
             total.start(own.word);

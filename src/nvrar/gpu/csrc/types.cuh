@@ -68,16 +68,18 @@ using BFloat16 =
 using Float16 = Float16Bits<__half2, __half22float2, __floats2half2_rn, 0x7e007e007e007e00ull>;
 
 struct Sum {
+    static constexpr bool kCommutes = true;
     template <class T>
     static T apply(T a, T b) {
         return a + b;
     }
 };
 
-// NaN wins, as in torch.maximum.
+// Keeps the first of equals, so of -0.0 and 0.0, and the first NaN: the same bits wherever it is computed.
 struct Max {
-    static float apply(float a, float b) { return (a != a || a > b) ? a : b; }
-    static int apply(int a, int b) { return a > b ? a : b; }
+    static constexpr bool kCommutes = false;
+    static float apply(float a, float b) { return a == a && (b > a || b != b) ? b : a; }
+    static int apply(int a, int b) { return b > a ? b : a; }
 };
 
 template <class Type, class Op, int kWords>

@@ -54,6 +54,21 @@ inline u64 now_ns() {
 // Ticks of 2^20 ns, about a millisecond.
 inline u32 now_ticks() { return u32(now_ns() >> 20); }
 
+// Where launches may overlap: the part of a kernel before this runs while the kernel before it on the stream
+// still does, so it may not touch what others write. Everything that one wrote is visible after.
+inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the next kernel on the stream may be set up; it waits for the end of this one all the same.
+inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 struct Entry {
     u32 epoch;
     bool broken;
