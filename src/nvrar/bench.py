@@ -73,6 +73,7 @@ class Measurement:
     plan: str | None
     samples_us: tuple[float, ...]  # the longest over the ranks of each timed call, in order
     fallbacks: Mapping[str, int] = field(default_factory=dict)  # of the timed calls, by reason
+    executor: str = "host"  # of those that did not fall back
     predicted_us: float | None = None
 
     def percentile_us(self, percent: float) -> float:
@@ -190,7 +191,15 @@ def _measure_size(
         predicted = time_us(plan, topology, num_bytes, machine) if plan and machine else None
         word = None if plan is None else str(plan)
         found.append(
-            Measurement(entrant.name, num_bytes, word, tuple(times_us), dict(fallbacks), predicted)
+            Measurement(
+                entrant.name,
+                num_bytes,
+                word,
+                tuple(times_us),
+                dict(fallbacks),
+                entrant.executor_for(settings.device),
+                predicted,
+            )
         )
     return found
 

@@ -204,6 +204,13 @@ class Communicator:
         num_bytes = num_bytes * host.wire_type(dtype, self.wire_dtype).itemsize // dtype.itemsize
         return tune.choose(self.topology, num_bytes, self.machine, self.deterministic)
 
+    def executor_for(self, device: str) -> str:
+        """What carries out calls on tensors of ``"cpu"`` or ``"cuda"``: ``"host"``, ``"gpu"``, or
+        ``"torch.distributed"`` where neither can. Single calls may still fall back; ``stats`` counts them."""
+        if device == "cpu" or self.executor == "host":
+            return "host"
+        return "gpu" if self._gpu is not None else "torch.distributed"
+
     def close(self) -> None:
         """Ends this rank's use of it. Not collective; may be called more than once."""
         if not isinstance(self._ended, ClosedError):
@@ -305,7 +312,9 @@ class Communicator:
     def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str, deadline: float) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            log.warning("%s: using torch.distributed.all_reduce for such calls", reason)
+            # Once in a job, not once a rank: the reason is the same on all of them.
+            level = logging.WARNING if self.rank == 0 else logging.DEBUG
+            log.log(level, "nvrar leaves calls to torch.distributed.all_reduce: %s", reason)
         self.stats.fallbacks[reason] += 1
         call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by torch.distributed"
         if x.device.type == "cpu":

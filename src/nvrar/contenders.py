@@ -30,6 +30,9 @@ class Contender(Protocol):
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         """The plan that gives its bits; None if another algorithm does."""
 
+    def executor_for(self, device: str) -> str:
+        """What does the work on tensors of ``device``, where it does not fall back."""
+
     def fallbacks(self) -> Mapping[str, int]:
         """How many calls so far something else did instead, by reason."""
 
@@ -63,6 +66,9 @@ class TorchContender:
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         return None
 
+    def executor_for(self, device: str) -> str:
+        return "torch.distributed"
+
     def fallbacks(self) -> Mapping[str, int]:
         return {}
 
@@ -79,6 +85,9 @@ class PlanContender:
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         return self._communicator.plan_for(num_bytes, dtype)
+
+    def executor_for(self, device: str) -> str:
+        return self._communicator.executor_for(device)
 
     def fallbacks(self) -> Mapping[str, int]:
         return self._communicator.stats.fallbacks

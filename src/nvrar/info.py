@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from nvrar import gpu
 from nvrar._version import __version__
 from nvrar.cost import Machine
 from nvrar.errors import NvrarError
+from nvrar.gpu.jit import cache_folder
 from nvrar.host import DTYPES, OPS
 from nvrar.launch import seat
 from nvrar.record import checkout, host, software, variables
@@ -133,22 +135,7 @@ def interfaces(environment: Mapping[str, str]) -> list[dict[str, Any]]:
 def executors() -> list[dict[str, Any]]:
     """What can carry out a plan here, and what is missing for what cannot."""
     types = ", ".join(sorted(str(t).removeprefix("torch.") for t in DTYPES))
-    missing = ["it is not part of this version of nvrar"]
-    if not torch.cuda.is_available():
-        missing.append("an NVIDIA GPU, and a torch built for CUDA")
-    for names, remedy in (
-        (
-            ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13"),
-            "NVSHMEM: pip install nvidia-nvshmem-cu13 (or -cu12, as torch's CUDA)",
-        ),
-        (
-            ("nvshmem4py-cu12", "nvshmem4py-cu13"),
-            "its bindings: pip install nvshmem4py-cu13 (or -cu12)",
-        ),
-        (("cuda-core",), "the compiler's bindings: pip install cuda-core"),
-    ):
-        if not any(_version(name) for name in names):
-            missing.append(remedy)
+    missing = gpu.lack(None)
     return [
         {
             "name": "host",
@@ -158,9 +145,12 @@ def executors() -> list[dict[str, Any]]:
         },
         {
             "name": "gpu",
-            "available": False,
-            "about": "one fused kernel over NVSHMEM; until then CUDA tensors go to torch.distributed",
-            "missing": missing,
+            "available": not missing,
+            "about": "one fused kernel over NVSHMEM; float32, float16, bfloat16, int32; sum, max; compiled "
+            f"kernels are kept in {cache_folder()}",
+            "missing": [f"this machine {missing}; CUDA tensors go to torch.distributed"]
+            if missing
+            else [],
         },
     ]
 

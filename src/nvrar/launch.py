@@ -24,6 +24,8 @@ from nvrar.errors import ArgumentError, PeerTimeout
 
 _DEVICES = ("cpu", "cuda")
 _FIRST_PORT = 20000
+# A batch script has SLURM_PROCID too, but is no task of a step that srun made; nobody else would come.
+_SRUN_STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")
 _NUM_PORTS = 20000  # below the ports that Linux gives to outgoing connections
 
 
@@ -35,7 +37,13 @@ class Seat:
     rank: int
     world_size: int
     local_rank: int
-    init_method: str  # where the ranks meet
+    host: str  # where the ranks meet
+    port: int
+
+    @property
+    def init_method(self) -> str:
+        """For ``init_process_group``: torchrun's agent has a store of its own there already."""
+        return "env://" if self.launcher == "torchrun" else f"tcp://{self.host}:{self.port}"
 
 
 def seat(environment: Mapping[str, str]) -> Seat | None:
@@ -50,26 +58,31 @@ def seat(environment: Mapping[str, str]) -> Seat | None:
                 "RANK and WORLD_SIZE are set, but not where the ranks meet: set MASTER_ADDR and "
                 "MASTER_PORT too, as torchrun does, or unset RANK to start without a launcher"
             )
-        return Seat(
+        found = Seat(
             "torchrun",
             _number(environment, "RANK"),
             _number(environment, "WORLD_SIZE"),
             _number(environment, "LOCAL_RANK", "0"),
-            "env://",
+            environment["MASTER_ADDR"],
+            _number(environment, "MASTER_PORT"),
         )
-    # In a batch script, outside srun, Slurm sets SLURM_PROCID too; nobody else would come.
-    in_batch_script = (
-        environment.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environment
-    )
-    if "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment and not in_batch_script:
-        return Seat(
+    elif "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP):
+        total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        found = Seat(
             "Slurm",
             _number(environment, "SLURM_PROCID"),
-            _number(environment, "SLURM_NTASKS"),
+            _number(environment, total),
             _number(environment, "SLURM_LOCALID", "0"),
-            f"tcp://{_slurm_address(environment)}",
+            *_slurm_address(environment),
         )
-    return None
+    else:
+        return None
+    if found.rank >= found.world_size:
+        raise ArgumentError(
+            f"{found.launcher}'s variables say rank {found.rank} of {found.world_size}; unset RANK and "
+            "WORLD_SIZE, or start with torchrun or srun"
+        )
+    return found
 
 
 @contextmanager
@@ -164,8 +177,8 @@ def _number(environment: Mapping[str, str], name: str, default: str | None = Non
     return int(text)
 
 
-def _slurm_address(environment: Mapping[str, str]) -> str:
-    """``host:port`` where the ranks of a Slurm step meet: at rank 0's node, which is the list's first."""
+def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where the ranks of a Slurm step meet: at rank 0's node, which is the list's first."""
     host = environment.get("MASTER_ADDR") or _first_host(
         environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     )
@@ -175,10 +188,10 @@ def _slurm_address(environment: Mapping[str, str]) -> str:
             "set MASTER_ADDR to the host of rank 0"
         )
     if environment.get("MASTER_PORT"):
-        return f"{host}:{_number(environment, 'MASTER_PORT')}"
+        return host, _number(environment, "MASTER_PORT")
     # Equal on all ranks, and different for the steps and jobs that may share a node.
     job, step = (_number(environment, f"SLURM_{what}_ID", "0") for what in ("JOB", "STEP"))
-    return f"{host}:{_FIRST_PORT + (job * 31 + step) % _NUM_PORTS}"
+    return host, _FIRST_PORT + (job * 31 + step) % _NUM_PORTS
 
 
 def _first_host(node_list: str) -> str:

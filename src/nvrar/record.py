@@ -97,9 +97,9 @@ def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:
 def executor_of(measurement: Measurement) -> str:
     """What did the work of the timed calls."""
     fallen = sum(measurement.fallbacks.values())
-    if measurement.contender == BASELINE or fallen == len(measurement.samples_us):
+    if fallen == len(measurement.samples_us):
         return "torch.distributed"
-    return "mixed" if fallen else "host"
+    return "mixed" if fallen else measurement.executor
 
 
 def host(device: str = "cpu") -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nvrar.launch import Seat
 from yalis.config import ModelConfig
 from yalis.core import Batch
 from yalis.device import pick_device
 from yalis.errors import RequestError
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
-from yalis.parallel.launcher import Place
 from yalis.runner import Runner
 from yalis.weights.loader import Progress
 
@@ -31,7 +31,7 @@ class JoinedExecutor:
         self,
         options: EngineOptions,
         config: ModelConfig,
-        place: Place | None,
+        place: Seat | None,
         on_progress: Progress | None,
     ) -> None:
         self._device = pick_device(options.device, place.local_rank if place else dist.get_rank())

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from nvrar.launch import Seat
 from yalis.device import pick_device
 from yalis.messages import Answer, Describe, Execute, Failed, LoadProgress, Ready, Start, Tokens
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
-from yalis.parallel.launcher import Place, detect
+from yalis.parallel.launcher import detect
 from yalis.runner import Runner
 
 _PR_SET_PDEATHSIG = 1
@@ -46,7 +47,7 @@ def main() -> None:
         os._exit(1)
 
 
-def _obey(connection: Connection, place: Place) -> None:
+def _obey(connection: Connection, place: Seat) -> None:
     start: Start = connection.recv()
     runner = _make_runner(start, place, _progress_sender(connection) if place.rank == 0 else None)
     connection.send(Ready())
@@ -67,7 +68,7 @@ def _obey(connection: Connection, place: Place) -> None:
 
 
 def _make_runner(
-    start: Start, place: Place, on_progress: Callable[[str, int, int], None] | None
+    start: Start, place: Seat, on_progress: Callable[[str, int, int], None] | None
 ) -> Runner:
     options = start.options
     device = pick_device(options.device, place.local_rank)

@@ -31,9 +31,9 @@ ABOUT = {
     "hosts": [{"name": "a", "cpu": "Some CPU", "num_cores": 8, "gpu": None, "num_ranks": 4}],
 }
 MEASURED = [
-    Measurement("torch", 1024, None, (100.0, 110.0, 90.0, 400.0)),
-    Measurement("nvrar", 1024, "split:2 exchange:2", (50.0, 52.0, 48.0, 60.0), {}, 45.0),
-    Measurement("torch", 4096, None, (200.0, 200.0, 200.0, 200.0)),
+    Measurement("torch", 1024, None, (100.0, 110.0, 90.0, 400.0), {}, "torch.distributed"),
+    Measurement("nvrar", 1024, "split:2 exchange:2", (50.0, 52.0, 48.0, 60.0), {}, "host", 45.0),
+    Measurement("torch", 4096, None, (200.0, 200.0, 200.0, 200.0), {}, "torch.distributed"),
     Measurement("nvrar", 4096, None, (210.0, 190.0, 200.0, 200.0), {"too large": 4}),
 ]
 
@@ -136,7 +136,7 @@ def test_settings_refuse_what_cannot_be_measured() -> None:
                 "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_PROCID": "0",
                 "MASTER_ADDR": "a", "MASTER_PORT": "1",
             },
-            Seat("torchrun", 3, 4, 1, "env://"),
+            Seat("torchrun", 3, 4, 1, "a", 1),
         ),
         (
             {
@@ -144,16 +144,16 @@ def test_settings_refuse_what_cannot_be_measured() -> None:
                 "SLURM_STEP_NODELIST": "gpu[003-007,9],login1",
                 "SLURM_JOB_ID": "100", "SLURM_STEP_ID": "2",
             },
-            Seat("Slurm", 5, 8, 1, "tcp://gpu003:23102"),
+            Seat("Slurm", 5, 8, 1, "gpu003", 23102),
         ),
         (
             {
-                "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "a,b",
-                "MASTER_PORT": "1234",
+                "SLURM_PROCID": "0", "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_JOB_NODELIST": "a,b", "MASTER_PORT": "1234",
             },
-            Seat("Slurm", 0, 2, 0, "tcp://a:1234"),
+            Seat("Slurm", 0, 2, 0, "a", 1234),
         ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "ENVIRONMENT": "BATCH"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, None),  # a batch script, outside srun
         ({"SLURM_JOB_ID": "7"}, None),  # inside an allocation, outside srun
     ],
 )  # fmt: skip
@@ -167,7 +167,26 @@ def test_malformed_seats_are_refused() -> None:
     with pytest.raises(ArgumentError, match="MASTER_PORT"):
         seat({"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a"})
     with pytest.raises(ArgumentError, match="MASTER_ADDR"):
-        seat({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"})
+        seat({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"})
+    with pytest.raises(ArgumentError, match="rank 4 of 4"):
+        seat({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[3-5,9]", "n3"),
+        ("a-b[01,04]-x,z", "a-b01-x"),
+        ("h.de", "h.de"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    place = seat(step | {"SLURM_STEP_NODELIST": nodes})
+    assert place is not None
+    assert place.host == first
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

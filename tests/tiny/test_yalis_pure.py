@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvrar.launch import Seat
 from yalis import ConfigError
 from yalis.core import Request, SamplingParams, Sequence
-from yalis.parallel.launcher import Place, detect, first_host
+from yalis.parallel.launcher import detect
 from yalis.parallel.split import even_split, kv_head_split, padded_split
 from yalis.scheduler import Scheduler, make_batch
 from yalis.testing import make_checkpoint
@@ -75,15 +76,15 @@ SRUN = {
 
 def test_launchers_are_told_from_their_variables() -> None:
     assert detect({}) is None
-    assert detect(TORCHRUN) == Place(3, 4, 1, "h", 7)
-    assert detect(TORCHRUN | SRUN) == Place(
-        3, 4, 1, "h", 7
+    assert detect(TORCHRUN) == Seat("torchrun", 3, 4, 1, "h", 7)
+    assert detect(TORCHRUN | SRUN) == Seat(
+        "torchrun", 3, 4, 1, "h", 7
     )  # torchrun inside srun: torchrun's word
     place = detect(SRUN)
     assert place is not None
     assert (place.rank, place.world_size, place.local_rank, place.host) == (5, 8, 1, "gpu007")
-    assert detect(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == Place(
-        0, 8, 0, "gpu007", place.port
+    assert detect(SRUN | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == Seat(
+        "Slurm", 0, 8, 0, "gpu007", place.port
     )
     assert detect(SRUN | {"SLURM_STEP_ID": "3"}) != place  # another step, another port
     assert detect(TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}) is None
@@ -99,20 +100,6 @@ def test_a_batch_script_is_no_srun_task() -> None:
 def test_contradicting_variables_are_an_error(wrong: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         detect(TORCHRUN | wrong)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("n[3-5,9]", "n3"),
-        ("a-b[01,04]-x,z", "a-b01-x"),
-        ("h.de", "h.de"),
-    ],
-)
-def test_first_host_of_a_slurm_list(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
 
 
 @settings(deadline=None)
