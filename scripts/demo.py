@@ -19,14 +19,16 @@ from rich.console import Console
 from yalis import LLM, RequestOutput, SamplingParams
 from yalis.config import ModelConfig
 from yalis.errors import YalisError
+from yalis.options import divides_kv
 from yalis.progress import TerminalProgress
 from yalis.testing import make_checkpoint
 
 OUT = Path("demo")
-NUM_NODES = 2
+LAYOUTS = ((2, 2), (2, 1), (3, 1), (5, 1), (7, 1), (1, 1))  # nodes x ranks, by preference
 SIZES = "1K,16K,256K,1M"
 PLANS = "auto,nvrar,one-shot,two-shot"
-say = Console(highlight=False).print
+console = Console(highlight=False)
+say = console.print
 
 
 def main() -> int:
@@ -38,50 +40,61 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # four ranks share this machine's cores
     try:
         model = options.model or own_checkpoint()
-        ranks_per_node = shards_of(model) // NUM_NODES
-        generate(model, options.prompt, options.max_tokens, ranks_per_node)
+        num_nodes, ranks_per_node = layout_for(model)
+        generate(model, options.prompt, options.max_tokens, num_nodes, ranks_per_node)
     except YalisError as error:
-        say(f"[red]{error}[/red]")
+        console.print(str(error), style="red", markup=False)
         return 2
-    return measure(ranks_per_node)
+    return measure(num_nodes, ranks_per_node)
 
 
 def own_checkpoint() -> str:
     folder = OUT / "checkpoint"
     if not (folder / "config.json").exists():
-        say(f"[bold]1.[/bold] Making a small Llama checkpoint of random weights in {folder}")
+        say(f"[bold]1.[/bold] Making a small Llama checkpoint in {folder}")
         make_checkpoint(folder)
     else:
-        say(
-            f"[bold]1.[/bold] Using the checkpoint in {folder} (random weights, so expect no sense)"
-        )
+        say(f"[bold]1.[/bold] Using the checkpoint in {folder}")
+    say("   its weights are random, so its words will make no sense")
     return str(folder)
 
 
-def shards_of(model: str) -> int:
-    """Four ranks, or two where the model's heads do not divide by four."""
-    heads = ModelConfig.from_folder(model).num_attention_heads
-    return 4 if heads % 4 == 0 else 2
+def layout_for(model: str) -> tuple[int, int]:
+    """Nodes and ranks on each: two of two, or what the model's heads can be split by."""
+    config = ModelConfig.from_folder(model)
+    for num_nodes, ranks_per_node in LAYOUTS:
+        ranks = num_nodes * ranks_per_node
+        if config.num_attention_heads % ranks == 0 and divides_kv(
+            config.num_key_value_heads, ranks
+        ):
+            break
+    return num_nodes, ranks_per_node
 
 
-def generate(model: str, prompt: str, max_tokens: int, ranks_per_node: int) -> None:
-    ranks = NUM_NODES * ranks_per_node
+def generate(model: str, prompt: str, max_tokens: int, num_nodes: int, ranks_per_node: int) -> None:
+    ranks = num_nodes * ranks_per_node
     say(
-        f"[bold]2.[/bold] Generating on {ranks} local ranks as {NUM_NODES} nodes x {ranks_per_node}"
+        f"[bold]2.[/bold] Generating on {ranks} local ranks as {num_nodes} nodes x {ranks_per_node}"
     )
     split, split_s = continue_prompt(
-        model, prompt, max_tokens, tensor_parallel_size=ranks, num_nodes=NUM_NODES,
+        model, prompt, max_tokens, tensor_parallel_size=ranks, num_nodes=num_nodes,
         all_reduce="nvrar", all_reduce_plan="nvrar",
     )  # fmt: skip
-    say(f"   {prompt!r} -> {split.text!r}  ({len(split.token_ids)} tokens in {split_s:.1f} s)")
+    quote(prompt, split, split_s)
     say("   ... and in one process")
     whole, whole_s = continue_prompt(model, prompt, max_tokens)
     if split.token_ids != whole.token_ids:
+        quote(prompt, whole, whole_s)
         raise YalisError(
-            f"the ranks drew {split.token_ids}, one process drew {whole.token_ids}; with 16-bit weights "
-            "near ties can fall either way, with fp32 this is a fault: please report it"
+            f"the ranks drew {split.token_ids}, one process drew {whole.token_ids}; unless two tokens "
+            "were as good as equally likely this is a fault: please report it"
         )
     say(f"   [green]the same {len(whole.token_ids)} tokens[/green]  (in {whole_s:.1f} s)")
+
+
+def quote(prompt: str, output: RequestOutput, seconds: float) -> None:
+    text = f"   {prompt!r} -> {output.text!r}  ({len(output.token_ids)} tokens in {seconds:.1f} s)"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def continue_prompt(
@@ -97,13 +110,12 @@ def continue_prompt(
         return output, time.perf_counter() - start
 
 
-def measure(ranks_per_node: int) -> int:
-    say(
-        "[bold]3.[/bold] Timing all-reduces of the same ranks (gloo over loopback: see the shape, not the speed)"
-    )
+def measure(num_nodes: int, ranks_per_node: int) -> int:
+    say("[bold]3.[/bold] Timing all-reduces of the same ranks, by gloo over loopback")
+    say("   (see the shape, not the speed)")
     status = subprocess.run(
         [
-            sys.executable, "-m", "nvrar.cli", "bench", "--nodes", str(NUM_NODES),
+            sys.executable, "-m", "nvrar.cli", "bench", "--nodes", str(num_nodes),
             "--ranks-per-node", str(ranks_per_node), "--sizes", SIZES, "--plans", PLANS, "--out", str(OUT),
         ],
         check=False,
