@@ -56,8 +56,7 @@ def test_every_python_block_of_the_readme_says_how_to_run_it() -> None:
 def test_the_nvrar_example_runs(tmp_path: Path) -> None:
     command, code = EXAMPLES["sum.py"]
     (tmp_path / "sum.py").write_text(code)
-    said = sorted(run(command, tmp_path).splitlines())
-    assert [line.partition(" by ")[0] for line in said] == [f"rank {r} of 4: 6" for r in range(4)]
+    assert run(command, tmp_path).startswith("1x4 ranks, 6 by ")
 
 
 def test_the_yalis_example_runs(tmp_path: Path) -> None:

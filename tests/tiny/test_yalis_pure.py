@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nvrar.launch import Seat
@@ -155,6 +155,7 @@ def test_any_text_survives_the_tokenizer_and_grows_piece_by_piece(tokenizer: Tok
     @settings(deadline=None, max_examples=200)
     @given(st.text(max_size=40))
     def check(text: str) -> None:
+        assume("<s>" not in text and "</s>" not in text)  # these are not text, wherever they stand
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         growing = Detokenizer(tokenizer, ids[:1])
