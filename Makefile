@@ -4,13 +4,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
-MODEL  ?=
-PROMPT ?=
+export MODEL PROMPT
 
 .PHONY: demo test lint format build clean
 
 demo: $(VENV)/.run
-	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(BIN)/python scripts/demo.py $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"}
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -39,11 +39,13 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # four ranks share this machine's cores
     try:
+        if options.model:
+            console.print(f"1. Using the checkpoint in {options.model}", markup=False)
         model = options.model or own_checkpoint()
         num_nodes, ranks_per_node = layout_for(model)
         generate(model, options.prompt, options.max_tokens, num_nodes, ranks_per_node)
     except YalisError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     return measure(num_nodes, ranks_per_node)
 

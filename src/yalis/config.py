@@ -70,6 +70,7 @@ class ModelConfig:
         cls, raw: Mapping[str, Any], *, where: str = "config.json", eos: object = None
     ) -> ModelConfig:
         """Read the content of a config.json. `eos` is generation_config.json's word, which comes first."""
+        architecture = _architecture(raw, where)  # first: others name their fields differently
         fields = _Fields(raw, where)
         hidden = fields.count("hidden_size")
         heads = fields.count("num_attention_heads")
@@ -95,7 +96,7 @@ class ModelConfig:
                 f"{where}: head_dim is {head_dim}; rotary embedding needs an even one"
             )
         return cls(
-            architecture=_architecture(raw, where),
+            architecture=architecture,
             vocab_size=fields.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.count("intermediate_size"),

@@ -114,6 +114,8 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "tokenizer": (write("tokenizer.json", "{}"), r"tokenizer.json cannot be read"),
     "architecture": (edit("config.json", architectures=["MambaForCausalLM"]),
                      r"architectures is \['MambaForCausalLM'\].*supported: LlamaForCausalLM"),
+    "another architecture's fields": (
+        edit("config.json", architectures=["GPT2LMHeadModel"], hidden_size="REMOVE"), "GPT2LMHeadModel"),
     "no architecture": (edit("config.json", architectures="REMOVE", model_type="gpt2"), "gpt2"),
     "no hidden size": (edit("config.json", hidden_size="REMOVE"), r"hidden_size is missing"),
     "size a text": (edit("config.json", hidden_size="big"), r"hidden_size is 'big'"),
