@@ -175,3 +175,7 @@ def _init(rank: int, world_size: int, store: str, port: int) -> None:
     dist.init_process_group(
         "gloo", store=client, rank=rank, world_size=world_size, timeout=timedelta(minutes=5)
     )
+    # gloo is done on a rank when its own side of every connection is; one that left now, having nothing
+    # to do, would close connections that a slower rank is still making.
+    client.set(f"joined/{rank}", "")
+    client.wait([f"joined/{r}" for r in range(world_size)], timedelta(minutes=5))
