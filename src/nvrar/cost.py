@@ -99,9 +99,9 @@ MACHINES = {
     for machine in (
         Machine(
             "gloo",
-            Link(60.0, 1.2, message_us=25.0),
-            Link(60.0, 1.2, message_us=25.0),
-            "gloo over loopback, 2 cores: orders of magnitude only, `nvrar bench` measures yours",
+            Link(200.0, 0.6, message_us=50.0),
+            Link(200.0, 0.6, message_us=50.0),
+            "gloo over loopback, fitted to one-shot of 2 ranks on 2 cores; `nvrar bench` measures yours",
         ),
         # NVLink: fitted to benchmarks/results (2x H200, LL128, 1 KB to 8 MB), without the 1.0 us that the
         # launch of any kernel takes. Networks: no such run exists yet; latencies are the middle of what
