@@ -6,6 +6,7 @@ tensor -> checks -> plan for its size -> executor -> tensor; or, where no execut
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 import weakref
@@ -37,6 +38,16 @@ log = logging.getLogger("nvrar")
 
 # torch.compile calls operators with strings; this finds the communicator again. It keeps none alive.
 by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+
+
+@atexit.register
+def _let_go_of_groups() -> None:
+    """Frees destroyed process groups while Python still runs. gloo's threads need it to free what they
+    hold, and end the process ("terminate called without an active exception") where it is gone."""
+    for communicator in by_name.values():
+        if is_destroyed(communicator.group):
+            del communicator.group, communicator._host
+
 
 _DENSE = torch.contiguous_format
 _TORCH_OPS = {

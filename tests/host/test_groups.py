@@ -119,3 +119,29 @@ def many(rank: int) -> None:
 
 def test_many_communicators_one_after_the_other() -> None:
     run(many, 2)
+
+
+def left_behind(rank: int) -> bool:
+    """What the end of the interpreter finds of a group that the user destroyed, while a communicator on
+    it, closed or not, still has a name."""
+    import gc
+    import weakref
+
+    from nvrar.communicator import _let_go_of_groups
+
+    group = dist.new_group([0, 1])
+    closed, used = Communicator(group), Communicator(group)
+    closed.close()
+    used.all_reduce(torch.ones(3))
+    found = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    other = Communicator()
+    _let_go_of_groups()
+    gc.collect()
+    assert other.all_reduce(torch.ones(1)).item() == 2  # its group lives: nothing was taken from it
+    return found() is None
+
+
+def test_no_destroyed_group_outlives_the_interpreter() -> None:
+    assert run(left_behind, 2) == [True, True]
