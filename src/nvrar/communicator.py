@@ -132,8 +132,9 @@ class Communicator:
         self._sideband = Sideband(self.group, self.name, timeout_s)
         self._gpu_lack = agreement.gpu_lack
         self._gpu: GpuCalls | None = None
-        if executor == "auto" and not agreement.gpu_lack:
+        if executor == "auto" and not agreement.gpu_lack and self.world_size > 1:
             self._gpu = self._make_gpu_calls()
+            self.warmup([*(1 << e for e in range(max_bytes.bit_length())), max_bytes])
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
@@ -169,8 +170,7 @@ class Communicator:
         self._epoch += 1
         refusal = refusal_of_call(x, out, op)
         if refusal:
-            self._sideband.publish(Report(self._epoch, "", refused=refusal))
-            raise ArgumentError(refusal)
+            self._refuse(refusal)
         if out is None:
             out = torch.empty_like(x, memory_format=_DENSE, requires_grad=False)
         self.stats.calls += 1
@@ -191,7 +191,9 @@ class Communicator:
         Creation has done it for bfloat16 sums of all sizes. Without a GPU there is nothing to do.
         """
         if self._gpu is not None:
-            self._gpu.warmup((n for n in sizes if n <= self.max_bytes), dtype, op)
+            wire = host.wire_type(dtype, self.wire_dtype)
+            wide = wire.itemsize // dtype.itemsize
+            self._gpu.warmup((n * wide for n in sizes if n <= self.max_bytes), wire, op)
 
     def check(self) -> None:
         """Waits for the GPU, and raises what went wrong in calls so far. Local.
@@ -210,15 +212,13 @@ class Communicator:
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective."""
-        if isinstance(self.plan, Plan):
-            return self.plan
-        num_bytes = num_bytes * host.wire_type(dtype, self.wire_dtype).itemsize // dtype.itemsize
-        return tune.choose(self.topology, num_bytes, self.machine, self.deterministic)
+        wire = host.wire_type(dtype, self.wire_dtype)
+        return self._plan_on_wire(num_bytes * wire.itemsize // dtype.itemsize)
 
     def executor_for(self, device: str) -> str:
         """What carries out calls on tensors of ``"cpu"`` or ``"cuda"``: ``"host"``, ``"gpu"``, or
         ``"torch.distributed"`` where neither can. Single calls may still fall back; ``stats`` counts them."""
-        if device == "cpu" or self.executor == "host":
+        if device == "cpu" or self.executor == "host" or self.world_size == 1:
             return "host"
         return "gpu" if self._gpu is not None else "torch.distributed"
 
@@ -250,14 +250,30 @@ class Communicator:
 
     # -- running -----------------------------------------------------------------------------------
 
+    def _refuse(self, refusal: str) -> NoReturn:
+        """Raises on this rank, and tells the others why their wait is in vain."""
+        self._sideband.publish(Report(self._epoch, "", refused=refusal))
+        raise ArgumentError(refusal)
+
+    def _plan_on_wire(self, num_bytes: int) -> Plan:
+        if isinstance(self.plan, Plan):
+            return self.plan
+        return tune.choose(self.topology, num_bytes, self.machine, self.deterministic)
+
     def _make_gpu_calls(self) -> GpuCalls | None:
         from nvrar.gpu.calls import GpuCalls
         from nvrar.gpu.heap import GpuUnavailable
 
         budget_s = self.timeout_s - self._sideband.grace_s
+        most_on_wire = self.max_bytes * (1 if self.wire_dtype is None else 2)
         try:
             return GpuCalls(
-                self.group, self.topology, self.plan_for, self.max_bytes, self.timeout_s, budget_s
+                self.group,
+                self.topology,
+                self._plan_on_wire,
+                most_on_wire,
+                self.timeout_s,
+                budget_s,
             )
         except GpuUnavailable as error:  # the same on every rank
             self._gpu_lack = str(error)
@@ -267,20 +283,22 @@ class Communicator:
         if calls.has_failed:
             self._raise_gpu_failure(calls)
         if x.device != calls.device:
-            raise ArgumentError(
-                f"x is on {x.device}, the communicator was made on {calls.device}; make it, and call it, "
-                "with the same current device"
+            self._refuse(
+                f"x is on {x.device}, the communicator was made on {calls.device}; make it while the "
+                "device of its tensors is the current one (torch.cuda.set_device)"
             )
-        reason = calls.lack(x, op)
+        reason = calls.lack(x.dtype, op)
         if reason or x.nbytes > self.max_bytes:
             reason = reason or self._too_large()
-            return self._run_torch(x, out, op, reason, time.monotonic() + self.timeout_s)
+            with torch.no_grad():
+                return self._run_torch(x, out, op, reason, time.monotonic() + self.timeout_s)
         wire = host.wire_type(x.dtype, self.wire_dtype)
         if wire == x.dtype and x.is_contiguous() and out.is_contiguous():
             return calls.all_reduce(x, out, op)
-        packed = x.detach().to(wire, memory_format=_DENSE, copy=True)
-        calls.all_reduce(packed, packed, op)
-        out.copy_(packed)
+        with torch.no_grad():
+            packed = x.to(wire, memory_format=_DENSE, copy=True)
+            calls.all_reduce(packed, packed, op)
+            out.copy_(packed)
         return None
 
     def _raise_gpu_failure(self, calls: GpuCalls) -> None:
@@ -375,7 +393,7 @@ class Communicator:
             return self._too_large()
         if x.dtype not in host.DTYPES:
             return f"dtype {x.dtype}"
-        if x.device.type != "cpu" and self.executor != "host":
+        if x.device.type != "cpu" and self.executor != "host" and self.world_size > 1:
             return f"no executor for {x.device.type} tensors: {self._gpu_lack}"
         return ""
 

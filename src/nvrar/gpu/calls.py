@@ -23,7 +23,10 @@ _MOST_PREPARED = 4096  # sizes, types and operations whose arguments are kept
 
 
 class GpuCalls:
-    """Collective to make; see :class:`nvrar.gpu.executor.GpuExecutor` for what it raises."""
+    """Collective to make; see :class:`nvrar.gpu.executor.GpuExecutor` for what it raises.
+
+    ``choose`` and ``max_bytes`` are of messages as they are sent.
+    """
 
     def __init__(
         self,
@@ -44,29 +47,36 @@ class GpuCalls:
         self._executor = GpuExecutor(group, topology, algorithms, timeout_s, budget_s)
         self._prepared: dict[tuple[int, torch.dtype, str], Prepared] = {}
         self.device = self._executor.device
-        self.warmup((1 << exponent for exponent in range(max_bytes.bit_length())), torch.bfloat16)
 
-    def lack(self, x: Tensor, op: str) -> str:
-        """Why ``x`` cannot have a kernel; empty if it can. Equal on all ranks that make the same call."""
-        if x.dtype not in TYPES:
-            return f"dtype {x.dtype} on a GPU"
+    def lack(self, dtype: torch.dtype, op: str) -> str:
+        """Why there is no kernel for it; empty if there is. Equal on all ranks that make the same call."""
+        if dtype not in TYPES:
+            return f"dtype {dtype} on a GPU"
         if op not in OPS:
             return f"op {op} on a GPU"
         return ""
 
     def all_reduce(self, x: Tensor, out: Tensor, op: str) -> None:
         """Both contiguous, on :attr:`device`, of one type that :meth:`lack` lets pass; not empty."""
+        if torch.cuda.current_device() != self.device.index:  # launches go to the current device
+            with torch.cuda.device(self.device):
+                return self.all_reduce(x, out, op)
         key = (x.nbytes, x.dtype, op)
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = self._prepare(*key)
         self._executor.launch(prepared, x, out)
+        return None
 
     def warmup(self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum") -> None:
-        """Compiles and loads what messages of ``sizes`` bytes need. Local."""
-        for num_bytes in sizes:
-            if num_bytes:
-                self._prepare(num_bytes, dtype, op)
+        """Compiles and loads what messages of ``sizes`` bytes need; nothing where :meth:`lack` names a
+        reason. Local."""
+        if self.lack(dtype, op):
+            return
+        with torch.cuda.device(self.device):
+            for num_bytes in sizes:
+                if num_bytes:
+                    self._prepare(num_bytes, dtype, op)
 
     def _prepare(self, num_bytes: int, dtype: torch.dtype, op: str) -> Prepared:
         if len(self._prepared) >= _MOST_PREPARED:
@@ -88,7 +98,7 @@ class GpuCalls:
         peer = plan.members(self._position, failure.level)[failure.digit]
         foreign = failure.kind == _FOREIGN
         return Report(
-            failure.epoch,
+            failure.epoch - 1,  # the first that the device counts is 2
             call,
             waits_on=self._topology.rank_at(peer),
             reason="it made another call" if foreign else "its data did not come in time",

@@ -95,7 +95,9 @@ class GpuExecutor:
         self._budget_ticks = kernel.budget_ticks(budget_s)
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
         self._libraries: list[object] = []
-        self._last_stream: int | None = None
+        # The stream itself and not its handle: the default stream's is 0, which names no stream to torch.
+        self._last_stream: torch.cuda.Stream | None = None
+        self._last_raw_stream: int | None = None
         self._overlaps = properties.major >= 9 and os.environ.get("NVRAR_OVERLAP", "1") != "0"
         self._calls: dict[int, tuple[str, Plan]] = {}  # what each signature stands for
         torch.cuda.synchronize(self.device)
@@ -115,7 +117,7 @@ class GpuExecutor:
         function = prepared.whole if whole else prepared.ragged
         stream = torch.cuda.current_stream(self.device)
         raw_stream = stream.cuda_stream
-        if raw_stream != self._last_stream:
+        if raw_stream != self._last_raw_stream:
             self._follow(stream)
         config = prepared.configs.get(raw_stream)
         if config is None:
@@ -129,9 +131,8 @@ class GpuExecutor:
         if torch.cuda.is_current_stream_capturing():
             return
         if self._last_stream is not None:
-            last = torch.cuda.ExternalStream(self._last_stream)  # type: ignore[no-untyped-call]
-            stream.wait_stream(last)
-        self._last_stream = stream.cuda_stream
+            stream.wait_stream(self._last_stream)
+        self._last_stream, self._last_raw_stream = stream, stream.cuda_stream
 
     def prepare(
         self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm
@@ -234,8 +235,8 @@ def _links_keep_lines(pes: list[int]) -> bool:
         return True
     here = torch.cuda.current_device()
     others = [d for d in range(torch.cuda.device_count()) if d != here]
-    if not others:  # one visible GPU a process: ask about what cannot be seen is no use
-        return True
+    if not others:  # one visible GPU a process: the peers may be behind PCIe, which tears lines
+        return False
     from cuda.bindings import runtime
 
     attribute = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported

@@ -13,6 +13,8 @@ from nvrar.errors import NvrarError
 from nvrar.gpu.layout import Format, LaunchShape, num_units
 from nvrar.plan import Plan
 
+_MOST_TICKS = 2**31 - 1  # deadlines are compared as signed differences; about 26 days
+
 
 @lru_cache(maxsize=256)
 def args_type(num_levels: int, num_peers: int) -> type[ctypes.Structure]:
@@ -54,7 +56,7 @@ class Failure(ctypes.Structure):
 
 def budget_ticks(budget_s: float) -> int:
     """A wait's budget in the kernel's unit, 2**20 ns."""
-    return max(1, int(budget_s * 1e9) >> 20)
+    return min(max(1, int(budget_s * 1e9) >> 20), _MOST_TICKS)
 
 
 def signature(plan: Plan, packets: Format, dtype: torch.dtype, op: str, num_bytes: int) -> int:

@@ -1,0 +1,118 @@
+"""The host's side of the GPU executor, on a machine with no GPU: what it decides and keeps, not kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nvrar.communicator import Communicator
+from nvrar.gpu import executor, kernel
+from nvrar.gpu.calls import GpuCalls
+from nvrar.gpu.executor import GpuExecutor
+from nvrar.plan import Plan
+from nvrar.topology import Topology
+
+
+class FakeStream:
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+        self.waited_for: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited_for.append(other)
+
+
+def test_a_new_stream_waits_for_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default stream's handle is 0, of which torch.cuda.ExternalStream makes another stream."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    made = object.__new__(GpuExecutor)
+    made._last_stream = made._last_raw_stream = None
+    default, side = FakeStream(0), FakeStream(7)
+    for stream in (default, side, default):
+        made._follow(stream)
+    assert side.waited_for == [default]
+    assert default.waited_for == [side]
+    assert made._last_raw_stream == 0
+
+
+@pytest.mark.parametrize("budget_s", [1e-9, 30.0, 1e7, 1e12])
+def test_a_budget_fits_the_kernels_signed_clock(budget_s: float) -> None:
+    ticks = kernel.budget_ticks(budget_s)
+    assert 1 <= ticks < 2**31
+    assert ticks == 2**31 - 1 or abs(ticks * 2**20 - budget_s * 1e9) <= 2**20
+
+
+def test_lines_are_not_trusted_to_links_that_cannot_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not executor._links_keep_lines([0, 1])
+    assert executor._links_keep_lines([0])
+
+
+def test_a_failure_counts_calls_as_the_host_does() -> None:
+    calls = object.__new__(GpuCalls)
+    calls._topology, calls._position = Topology(1, 2), 0
+    failure = SimpleNamespace(epoch=2, level=0, digit=1, kind=1, signature=9)
+    plan = Plan.parse("exchange:2")
+    calls._executor = SimpleNamespace(failure=failure, call_of=lambda signature: ("sum", plan))
+    report = calls.report()
+    assert (report.epoch, report.waits_on, report.timed_out) == (1, 1, True)
+
+
+class Recorder:
+    """Stands for GpuCalls: records what a communicator would prepare and launch."""
+
+    def __init__(self) -> None:
+        self.device, self.has_failed = torch.device("cpu"), False
+        self.prepared: list[tuple[list[int], torch.dtype]] = []
+        self.launched: list[tuple[int, torch.dtype]] = []
+
+    def lack(self, dtype: torch.dtype, op: str) -> str:
+        return ""
+
+    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum") -> None:
+        self.prepared.append((list(sizes), dtype))
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
+        self.launched.append((x.nbytes, x.dtype))
+        out.copy_(x.detach())
+
+
+def communicator(wire_dtype: torch.dtype | None) -> tuple[Communicator, Recorder]:
+    comm, calls = object.__new__(Communicator), Recorder()
+    comm._gpu, comm.wire_dtype, comm.max_bytes = calls, wire_dtype, 1000
+    return comm, calls
+
+
+def test_what_is_sent_in_fp32_is_prepared_in_fp32() -> None:
+    comm, calls = communicator(torch.float32)
+    comm.warmup([2, 1000, 1001])
+    assert calls.prepared == [([4, 2000], torch.float32)]
+    x = torch.ones(500, dtype=torch.bfloat16)  # max_bytes, and twice that on the wire
+    comm._run_gpu(calls, x, torch.empty_like(x), "sum")
+    assert calls.launched == [(2000, torch.float32)]
+
+
+def test_the_workspace_is_made_for_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("nvrar.gpu.calls.GpuCalls", lambda *given: made.append(given))
+    for wire_dtype in (None, torch.float32):
+        comm, _ = communicator(wire_dtype)
+        comm.group, comm.topology, comm.timeout_s = None, Topology(1, 2), 5.0
+        comm.plan, comm._sideband = Plan.parse("split:2"), SimpleNamespace(grace_s=1.0)
+        comm._make_gpu_calls()
+    assert [given[3] for given in made] == [1000, 2000]
+
+
+def test_strided_parameters_are_reduced_in_place() -> None:
+    comm, calls = communicator(None)
+    weight = nn.Parameter(torch.ones(4, 6).t())
+    assert not weight.is_contiguous()
+    comm._run_gpu(calls, weight, weight, "sum")
+    assert calls.launched == [(96, torch.float32)]
+    assert weight.is_leaf
