@@ -73,7 +73,10 @@ class Communicator:
     """An all-reduce over ``group``. Creation is collective over the group, and so is every call.
 
     Several may live in one process, on the same, different or overlapping groups. One communicator is
-    not thread-safe: its calls are made one after the other, in the same order on all ranks.
+    not thread-safe: its calls are made one after the other, in the same order on all ranks. On GPUs, run
+    large messages (megabytes) of two communicators on one stream, or one after the other: each fills the
+    GPU with blocks that wait for a peer, and two ranks that begin with different ones would wait in vain.
+    The first communicator with a GPU is collective over the default process group, because NVSHMEM is.
 
     Args:
         group: a torch process group that holds this rank; None is the default group.
@@ -211,7 +214,13 @@ class Communicator:
             raise self._ended.with_traceback(None)
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
-        """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective."""
+        """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective.
+
+        Raises:
+            ArgumentError: ``num_bytes`` is no whole number of at least 0.
+        """
+        if not isinstance(num_bytes, int) or num_bytes < 0:
+            raise ArgumentError(f"num_bytes is {num_bytes!r}; it must be a whole number, 0 or more")
         wire = host.wire_type(dtype, self.wire_dtype)
         return self._plan_on_wire(num_bytes * wire.itemsize // dtype.itemsize)
 

@@ -505,6 +505,9 @@ def alone(rank: int) -> None:
     assert y.data_ptr() != x.data_ptr()
     assert comm.all_reduce(x, out=x, op="avg") is x
     assert str(comm.plan_for(10)) == "identity"
+    for wrong in (-1, 1e3, "1"):
+        with pytest.raises(ArgumentError, match="whole number, 0 or more"):
+            comm.plan_for(wrong)  # type: ignore[arg-type]
 
 
 def test_one_rank() -> None:
