@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where we stand on the GPUs of this machine: correct first, then measured, in one call.
-# Needs `pip install '.[cu13]'` (or PYTHONPATH=src), and two or more GPUs for all but the first line.
+# Needs `pip install '.[cu13,dev]'`, and two or more GPUs for all but the virtual cluster.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
