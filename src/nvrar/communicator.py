@@ -13,7 +13,6 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,6 +23,7 @@ from nvrar import gpu, host, tune
 from nvrar.arguments import refusal_of_call
 from nvrar.cost import Machine, machine_named
 from nvrar.errors import ArgumentError, ClosedError, NvrarError
+from nvrar.fallback import CollectiveLost, all_reduce_by_torch
 from nvrar.options import Options, agree
 from nvrar.plan import Plan
 from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
@@ -50,14 +50,6 @@ def _let_go_of_groups() -> None:
 
 
 _DENSE = torch.contiguous_format
-_TORCH_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.SUM,  # not every backend has AVG: divided afterwards
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-}
-# How a backend says that it lacks a type or an operation, the same on every rank.
-_UNSUPPORTED = ("invalid scalar type", "not support", "unsupported", "not implemented")
 
 
 @dataclass
@@ -361,29 +353,12 @@ class Communicator:
             token = torch.zeros(1)
             plan = Plan.named("nvrar", self.topology)
             self._run_plan(token, token, plan, "sum", call, deadline)
-        total = out if out.is_contiguous() else torch.empty_like(x, memory_format=_DENSE)
-        if total is not x:
-            total.copy_(x)
         try:
-            work = dist.all_reduce(total, _TORCH_OPS[op], group=self.group, async_op=True)
-            left = deadline - time.monotonic() - self._sideband.grace_s
-            work.wait(timedelta(seconds=max(left, 0.001)))
-        except (RuntimeError, ValueError) as error:
-            text = str(error).splitlines()[0][:200]
-            if is_destroyed(self.group):
-                self._end(Report(self._epoch, call), deadline, error)
-            if isinstance(error, ValueError) or any(word in text.lower() for word in _UNSUPPORTED):
-                raise ArgumentError(
-                    f"torch.distributed.all_reduce does not take {x.dtype} ({op}) on this process "
-                    f"group, and no executor of nvrar does: {text}; convert it to another type first"
-                ) from error
-            timed_out = time.monotonic() >= deadline - self._sideband.grace_s - 0.01
-            report = Report(self._epoch, call, reason=text, timed_out=timed_out)
-            self._end(report, deadline, error)
-        if op == "avg":
-            total /= self.world_size
-        if total is not out:
-            out.copy_(total)
+            wait_until = deadline - self._sideband.grace_s
+            all_reduce_by_torch(x, out, op, self.group, wait_until)
+        except CollectiveLost as lost:
+            report = Report(self._epoch, call, reason=lost.reason, timed_out=lost.timed_out)
+            self._end(report, deadline, lost)
 
     def _end(self, report: Report, deadline: float, cause: Exception | None) -> NoReturn:
         """Raises what ``report`` amounts to, now and in every later call."""
