@@ -14,12 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nvrar import NvrarError
-from yalis.core import RequestOutput, SamplingParams
+from yalis.core import RequestOutput
 from yalis.errors import ConfigError, YalisError
 from yalis.llm import LLM
 from yalis.options import ALL_REDUCES, DEVICES, LOAD_FORMATS
 from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
+from yalis.sampling_params import SamplingParams
 from yalis.testing import make_checkpoint
 
 _MISUSE = 2

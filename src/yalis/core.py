@@ -5,69 +5,12 @@ and what the user gets (RequestOutput). Pure Python: the scheduler and its tests
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass, field
 from typing import Literal
 
-from yalis.errors import RequestError
+from yalis.sampling_params import Draw, SamplingParams
 
 FinishReason = Literal["stop", "length"]
-
-_SEED_BOUND = 2**63
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue one prompt. Names and defaults follow vLLM's.
-
-    `temperature=0` is greedy. `top_k` of 0 or -1 keeps every token. `seed` makes a request reproducible
-    whatever runs beside it; without one the engine derives it from its own seed and the request's number.
-    `stop` ends the text before the first of the given strings. Raises RequestError on a value out of bounds.
-    """
-
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: str | SequenceABC[str] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop is {self.stop!r}; give a non-empty text or a list of them")
-        object.__setattr__(self, "stop", tuple(stop))
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens!r}; give an integer of at least 1")
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise RequestError(
-                f"temperature is {self.temperature!r}; give a finite number of at least 0 (0 is greedy)"
-            )
-        if not _is_int(self.top_k) or self.top_k < -1:
-            raise RequestError(
-                f"top_k is {self.top_k!r}; give a positive integer, or 0 to keep every token"
-            )
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p!r}; give a number above 0 and at most 1")
-        if self.seed is not None and (
-            not _is_int(self.seed) or not -_SEED_BOUND <= self.seed < _SEED_BOUND
-        ):
-            raise RequestError(f"seed is {self.seed!r}; give a 64-bit signed integer or None")
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        assert isinstance(self.stop, tuple)  # __post_init__ made it one
-        return self.stop
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -77,17 +20,6 @@ class Request:
     prompt: str | None  # None when the user gave token ids
     token_ids: tuple[int, ...]
     params: SamplingParams
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What the sampler must know to draw one token: no state, so a step can be repeated on any rank."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    token_idx: int  # how many tokens this request has drawn before: the stream's position
 
 
 @dataclass(frozen=True)
@@ -135,8 +67,7 @@ class Sequence:
         return [*prompt[self.num_cached :], *self.output_token_ids]
 
     def draw(self) -> Draw:
-        p = self.request.params
-        return Draw(p.temperature, max(p.top_k, 0), p.top_p, self.seed, len(self.output_token_ids))
+        return Draw(self.request.params, self.seed, len(self.output_token_ids))
 
 
 @dataclass(frozen=True)

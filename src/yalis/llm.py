@@ -10,13 +10,14 @@ from types import TracebackType
 from typing import Any
 
 from yalis.config import ModelConfig
-from yalis.core import RequestOutput, SamplingParams
+from yalis.core import RequestOutput
 from yalis.engine import Engine
 from yalis.errors import YalisError
 from yalis.executor import make_executor
 from yalis.options import EngineOptions
 from yalis.requests import Prompt, check_requests
 from yalis.runner import check_checkpoint
+from yalis.sampling_params import SamplingParams
 from yalis.scheduler import Scheduler
 from yalis.tokenizer import Tokenizer
 from yalis.weights.loader import Progress

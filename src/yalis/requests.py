@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from yalis.core import Request, SamplingParams
+from yalis.core import Request
 from yalis.errors import RequestError
+from yalis.sampling_params import SamplingParams
 from yalis.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

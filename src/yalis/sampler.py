@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from yalis.core import Draw
+from yalis.sampling_params import Draw
 
 _MASK = 2**64 - 1
 
@@ -20,7 +20,7 @@ _MASK = 2**64 - 1
 def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """`[n, vocab]` logits to `[n]` int64 token ids, row i drawn as `draws[i]` says."""
     token_ids = logits.argmax(dim=-1)
-    rows = [i for i, draw in enumerate(draws) if draw.temperature > 0]
+    rows = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
     if rows:
         chosen = [draws[i] for i in rows]
         index = torch.tensor(rows, device=logits.device)
@@ -37,11 +37,12 @@ def probabilities(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     Tokens of equal logit are kept or dropped together, so a row's distribution cannot depend on how a
     sort orders them.
     """
-    columns = [[d.temperature, d.top_k or logits.shape[-1], d.top_p] for d in draws]
+    params, everything = [draw.params for draw in draws], logits.shape[-1]
+    columns = [[p.temperature, p.top_k if p.top_k > 0 else everything, p.top_p] for p in params]
     settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)
     # The maximum becomes 0 before the division, so that no temperature is too small for it.
     scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / settings[:, :1]
-    if any(draw.top_k or draw.top_p < 1 for draw in draws):
+    if any(p.top_k > 0 or p.top_p < 1 for p in params):
         ranked = scaled.sort(dim=-1, descending=True).values
         places = torch.arange(ranked.shape[-1], device=logits.device)
         is_kept = places < settings[:, 1:2]

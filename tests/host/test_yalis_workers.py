@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from yalis import LLM, SamplingParams, WorkerError
-from yalis.core import Batch, Draw
+from yalis.core import Batch
+from yalis.sampling_params import Draw
 from yalis.testing import make_checkpoint
 from yalis.workers import WorkerGroup
 
@@ -105,7 +106,7 @@ def test_a_rank_that_raises_is_quoted_while_its_peer_waits_for_it(model: str) ->
 
 def test_an_error_in_the_model_is_quoted(model: str) -> None:
     llm, pids = start(model)
-    far_outside = Batch((5,), (1,), (0,), (10**9,), (Draw(0.0, 0, 1.0, 0, 0),))
+    far_outside = Batch((5,), (1,), (0,), (10**9,), (Draw(SamplingParams(), 0, 0),))
     with pytest.raises(
         WorkerError, match=r"rank [01] failed: IndexError: start out of range"
     ) as caught:

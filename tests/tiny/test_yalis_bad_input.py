@@ -212,7 +212,11 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": "hot"}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0},
     {"top_p": 1.01}, {"top_p": float("nan")}, {"seed": "x"}, {"seed": 2**63}, {"stop": [""]},
     {"stop": [3]}, {"stop": ""},
-    {"stop": 5},
+    {"stop": 5}, {"stop_token_ids": [-1]}, {"stop_token_ids": 3}, {"stop_token_ids": ["x"]},
+    {"min_tokens": -1}, {"min_tokens": 17}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": None},
+    {"repetition_penalty": 0}, {"repetition_penalty": float("inf")}, {"presence_penalty": 2.1},
+    {"frequency_penalty": -2.1}, {"frequency_penalty": "x"}, {"logprobs": -1}, {"logprobs": 21},
+    {"n": 0}, {"n": 1.0}, {"ignore_eos": 1},
 ]  # fmt: skip
 
 
@@ -221,6 +225,11 @@ def test_a_bad_sampling_value_is_named(values: dict[str, Any]) -> None:
     [name] = values
     with pytest.raises(RequestError, match=rf"{name} is .*; give"):
         SamplingParams(**values)
+
+
+def test_several_greedy_continuations_would_be_one() -> None:
+    with pytest.raises(RequestError, match=r"n is 2 at temperature 0, .*; give n=1"):
+        SamplingParams(n=2, temperature=0)
 
 
 def test_every_error_is_a_yalis_error_and_tells_where_to_look(model: Path) -> None:

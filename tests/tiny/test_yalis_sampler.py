@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 
-from yalis.core import Draw
 from yalis.sampler import probabilities, request_seed, sample, uniform
+from yalis.sampling_params import Draw, SamplingParams
 
 
 def draw(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, idx: int = 0
 ) -> Draw:
-    return Draw(temperature, top_k, top_p, seed, idx)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    return Draw(params, seed, idx)
 
 
 def reference(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
