@@ -82,3 +82,34 @@ def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) 
     while threads < most_threads(plan) and needed > threads * 64:
         threads *= 2
     return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)
+
+
+# What follows the sum needs memory of the block for the squares: an eighth of a row's bytes in floats.
+MOST_ROW_BYTES = 64 * KB
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A message as rows, each taken by one block, and each cut into the parts of the plan."""
+
+    num_rows: int
+    row_bytes: int
+
+    def units_of_row(self, plan: Plan, packets: Format) -> int:
+        """Units that a row has of each part."""
+        return num_units(plan, packets, self.row_bytes)
+
+    def inbox_bytes(self, plan: Plan, packets: Format) -> int:
+        """As :func:`inbox_bytes`: more than it, by what rows leave empty of their last units."""
+        units = self.num_rows * self.units_of_row(plan, packets)
+        return num_areas(plan) * units * packets.slot_bytes
+
+    def shared_bytes(self) -> int:
+        """Of the block's memory: a float for every 8 bytes, and one for each KB."""
+        return self.row_bytes // 2 + 4 * -(-self.row_bytes // KB)
+
+    def launch_shape(self, plan: Plan, packets: Format, most_blocks: int) -> LaunchShape:
+        threads = self.units_of_row(plan, packets) * packets.threads
+        turns = -(-threads // most_threads(plan))
+        threads = -(-threads // (turns * 32)) * 32
+        return LaunchShape(max(1, min(most_blocks, self.num_rows)), threads)
