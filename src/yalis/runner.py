@@ -15,7 +15,7 @@ from yalis.models.llama import LlamaForCausalLM
 from yalis.options import EngineOptions
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.parallel.split import kv_head_split
-from yalis.sampler import sample
+from yalis.sampler import Sampler
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights
 from yalis.weights.loader import Progress, WeightSource, check_weights, load_weights
@@ -36,6 +36,7 @@ class Runner:
         self._tp, self._device = tp, device
         self.model = LlamaForCausalLM(config, Placement(tp, dtype, device))
         load_weights(self.model, open_weights(options), on_progress)
+        self.sampler = Sampler(options.max_num_seqs, config.vocab_size, device)
         self.attention = SdpaAttention(
             config.num_hidden_layers,
             options.num_cache_tokens(config),
@@ -51,7 +52,9 @@ class Runner:
         hidden = self.forward(batch)
         last = torch.tensor(batch.num_new, device=self._device).cumsum(0) - 1
         logits = self.model.compute_logits(hidden[last])
-        return [] if logits is None else sample(logits, batch.draws).tolist()
+        if logits is None:
+            return []
+        return self.sampler.sample(logits, batch.draws).token_ids.tolist()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

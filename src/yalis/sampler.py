@@ -1,65 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to the next token of each sequence.
 
-A draw is a pure function of the logits' row, the request's seed and the token's number: no generator is
-kept, so what else is in the batch, how many ranks there are and a repeated step change nothing.
+A draw is a pure function of the logits' row, the request's parameters, its seed and its tokens so far: no
+generator is kept, so what else is in the batch, how many ranks there are and a repeated step change nothing.
+On a GPU nothing waits for the device: the parameters go there in one copy, and the results stay there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from yalis.filters import draw_by_weight, num_to_rank, token_weights
+from yalis.penalties import Penalties
 from yalis.sampling_params import Draw
 
 _MASK = 2**64 - 1
+# Rows are drawn in portions of this many logits, which bounds the temporaries at about 0.5 GB.
+_PORTION = 1 << 24
+
+Table = list[tuple[float, ...]]
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """`[n, vocab]` logits to `[n]` int64 token ids, row i drawn as `draws[i]` says."""
-    token_ids = logits.argmax(dim=-1)
-    rows = [i for i, draw in enumerate(draws) if draw.params.temperature > 0]
-    if rows:
-        chosen = [draws[i] for i in rows]
-        index = torch.tensor(rows, device=logits.device)
-        uniforms = torch.tensor(
-            [uniform(draw.seed, draw.token_idx) for draw in chosen], dtype=torch.float64
-        )
-        token_ids[index] = _draw(probabilities(logits[index], chosen), uniforms.to(logits.device))
-    return token_ids
+@dataclass(frozen=True)
+class Logprobs:
+    """Log probabilities by the untouched logits, for those rows of a batch that asked for them.
 
-
-def probabilities(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """`[n, vocab]` float64: each row's distribution after temperature, then top-k, then top-p.
-
-    Tokens of equal logit are kept or dropped together, so a row's distribution cannot depend on how a
-    sort orders them.
+    `rows` are the batch's, m of them. `drawn` `[m]` float32 belongs to the drawn token and `rank` `[m]`
+    is its place among all, from 1. `top` and `top_ids`, both `[m, k]`, are the likeliest tokens in order;
+    k is the most that a row asked for.
     """
-    params, everything = [draw.params for draw in draws], logits.shape[-1]
-    columns = [[p.temperature, p.top_k if p.top_k > 0 else everything, p.top_p] for p in params]
-    settings = torch.tensor(columns, dtype=torch.float64, device=logits.device)
-    # The maximum becomes 0 before the division, so that no temperature is too small for it.
-    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / settings[:, :1]
-    if any(p.top_k > 0 or p.top_p < 1 for p in params):
-        ranked = scaled.sort(dim=-1, descending=True).values
-        places = torch.arange(ranked.shape[-1], device=logits.device)
-        is_kept = places < settings[:, 1:2]
-        kept = ranked.masked_fill(~is_kept, -torch.inf).softmax(dim=-1)
-        # A token stays while those before it have not yet reached top_p; the first always stays.
-        is_kept &= (kept.cumsum(dim=-1) - kept < settings[:, 2:3]) | (settings[:, 2:3] >= 1)
-        num_kept = is_kept.sum(dim=-1, keepdim=True)
-        scaled = scaled.masked_fill(scaled < ranked.gather(1, num_kept - 1), -torch.inf)
-    return scaled.softmax(dim=-1)
+
+    rows: tuple[int, ...]
+    drawn: Tensor
+    rank: Tensor
+    top: Tensor
+    top_ids: Tensor
 
 
-def _draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    # Inverse of the cumulative distribution, in the vocabulary's order and in float64: a last-bit
-    # difference in the logits moves the bounds by as little, where a sorted order would swap neighbours.
-    cumulative = probs.cumsum(dim=-1)
-    targets = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
+@dataclass(frozen=True)
+class Sampled:
+    """`token_ids` `[n]` int64, and `is_finite` `[n]` bool: whether all logits of a row were numbers.
+
+    Where they were not, the token id is within the vocabulary and means nothing.
+    """
+
+    token_ids: Tensor
+    is_finite: Tensor
+    logprobs: Logprobs | None = None
+
+
+class Sampler:
+    """Draws tokens, and remembers what each slot has drawn where penalties ask for it."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self._penalties = Penalties(max_num_seqs, vocab_size, device)
+
+    def start(self, slot: int, prompt_ids: Sequence[int], output_ids: Sequence[int] = ()) -> None:
+        """Let `slot` hold these tokens. Needed before the first draw of a request with penalties only."""
+        self._penalties.start(slot, prompt_ids, output_ids)
+
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:
+        """Row i of the `[n, vocab]` logits drawn as `draws[i]` says. The logits stay as they are.
+
+        When every draw is greedy and asks for nothing else, this can be captured in a CUDA graph.
+        """
+        highest, token_ids = logits.max(dim=-1)
+        is_finite = highest.isfinite() & logits.amin(dim=-1).isfinite()
+        penalised, banned = _penalised(draws), _banned(draws)
+        portions = _portions(draws, logits.shape[-1])
+        on_device = _stage([penalised, banned, *(table for _, table in portions)], logits.device)
+        changed = logits
+        if penalised or banned:
+            changed = logits.to(torch.float32, copy=True)
+        if penalised:
+            self._penalties.apply_(changed, on_device[0])
+        if banned:
+            row, token_id = on_device[1].long().unbind(dim=1)
+            changed.index_put_((row, token_id), changed.new_full((), -torch.inf))
+        if penalised or banned:
+            token_ids = changed.argmax(dim=-1)
+        for (num_ranked, _), table in zip(portions, on_device[2:], strict=True):
+            rows = table[:, 0].long()
+            weights = token_weights(changed.index_select(0, rows), table[:, 2:], num_ranked)
+            token_ids.index_copy_(0, rows, draw_by_weight(weights, table[:, 1]))
+        if penalised:
+            self._penalties.add(on_device[0], token_ids)
+        return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
+
+
+def _penalised(draws: Sequence[Draw]) -> Table:
+    """For each row with penalties: row, slot, repetition, presence and frequency penalty."""
+    return [
+        (row, d.slot, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        for row, d in enumerate(draws)
+        if (p := d.params).has_penalties
+    ]
+
+
+def _banned(draws: Sequence[Draw]) -> Table:
+    """Each row with each token that it must not draw."""
+    return [(row, token_id) for row, d in enumerate(draws) for token_id in d.banned_token_ids]
+
+
+def _portions(draws: Sequence[Draw], vocab_size: int) -> list[tuple[int, Table]]:
+    """The rows to draw at random, and their settings, with equal needs together: (num_to_rank, table).
+
+    A row of a table is: row, uniform number, temperature, min_p, top_k, top_p.
+    """
+    table: Table = [
+        (row, uniform(d.seed, d.token_idx), p.temperature, p.min_p, max(p.top_k, 0), p.top_p)
+        for row, d in enumerate(draws)
+        if (p := d.params).temperature > 0
+    ]
+
+    def need(row: tuple[float, ...]) -> int:
+        return num_to_rank(int(row[4]), row[5], vocab_size)
+
+    def kind(
+        row: tuple[float, ...],
+    ) -> int:  # one row that ranks all must not make the others do so
+        return (need(row) > 0) + (need(row) == vocab_size)
+
+    most = max(1, _PORTION // vocab_size)
+    portions = []
+    for _, alike in groupby(sorted(table, key=need), key=kind):
+        rows = list(alike)
+        for first in range(0, len(rows), most):
+            portion = rows[first : first + most]
+            portions.append((need(portion[-1]), portion))
+    return portions
+
+
+def _stage(tables: Sequence[Table], device: torch.device) -> list[Tensor]:
+    """The tables as float64 tensors on the device, taken there in one copy that nobody waits for."""
+    flat = [number for table in tables for row in table for number in row]
+    # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+    host = torch.tensor(flat, dtype=torch.float64, pin_memory=device.type == "cuda")
+    sizes = [len(table) * len(table[0]) if table else 0 for table in tables]
+    parts = torch.split(host.to(device, non_blocking=True), sizes)
+    return [part.view(max(len(table), 1), -1) for part, table in zip(parts, tables, strict=True)]
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logprobs | None:
+    wanted = {row: d.params.logprobs for row, d in enumerate(draws)}
+    most = [num for num in wanted.values() if num is not None]
+    if not most:
+        return None
+    rows = tuple(row for row, num in wanted.items() if num is not None)
+    [table] = _stage([[(row,) for row in rows]], logits.device)
+    index = table[:, 0].long()
+    logprobs = logits.index_select(0, index).float().log_softmax(dim=-1)
+    drawn = logprobs.gather(1, token_ids[index].unsqueeze(1))
+    top, top_ids = logprobs.topk(min(max(most), logits.shape[-1]), dim=-1)
+    return Logprobs(rows, drawn.squeeze(1), (logprobs > drawn).sum(dim=-1) + 1, top, top_ids)
 
 
 def uniform(seed: int, token_idx: int) -> float:

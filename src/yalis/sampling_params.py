@@ -15,7 +15,6 @@ _SEED_BOUND = 2**63
 # Fields that the engine does not act on yet: refused, because ignoring them would be a lie.
 _NOT_YET = frozenset(
     (
-        "min_p",
         "repetition_penalty",
         "presence_penalty",
         "frequency_penalty",
@@ -33,8 +32,8 @@ class SamplingParams:
 
     - `n`: how many continuations to draw of the prompt.
     - `temperature=0` is greedy: the filters below then change nothing, the penalties still do.
-    - `top_k` of 0 or -1 keeps every token; `top_p` keeps the likeliest that reach this probability
-      together; `min_p` keeps those at least this fraction as likely as the likeliest. In this order.
+    - `min_p` keeps the tokens at least this fraction as likely as the likeliest; then `top_k` keeps that
+      many, where 0 or -1 is all; then `top_p` keeps the likeliest that reach this probability together.
     - `repetition_penalty` divides positive and multiplies negative logits of tokens in prompt or output;
       `presence_penalty` is subtracted once from those in the output, `frequency_penalty` once for each
       time they are there.
