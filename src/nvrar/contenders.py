@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvrar.communicator import Communicator
-from nvrar.errors import PeerTimeout
 from nvrar.plan import Plan
+from nvrar.timing import lost
 from nvrar.topology import Topology
 
 BASELINE = "torch"
@@ -24,8 +24,11 @@ class Contender(Protocol):
 
     name: str
 
-    def all_reduce(self, x: Tensor, op: str) -> None:
-        """Reduces ``x`` in place. Collective."""
+    def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
+        """Memory for its input, of the kind that it takes: contents undefined. Collective."""
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        """The reduction, in ``x`` or in another tensor. ``x`` is from :meth:`buffer`. Collective."""
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         """The plan that gives its bits; None if another algorithm does."""
@@ -37,16 +40,6 @@ class Contender(Protocol):
         """How many calls so far something else did instead, by reason."""
 
 
-def lost(group: dist.ProcessGroup, error: RuntimeError) -> PeerTimeout:
-    """The error to raise for one of torch's collectives, which do not say who is missing."""
-    return PeerTimeout(
-        f"rank {group.rank()} lost another rank in torch.distributed: {str(error).splitlines()[0]}; look "
-        "first at what the other ranks said",
-        rank=group.rank(),
-        peers=(),
-    )
-
-
 class TorchContender:
     """``torch.distributed.all_reduce``: gloo for CPU tensors, NCCL for CUDA tensors."""
 
@@ -55,13 +48,17 @@ class TorchContender:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
-    def all_reduce(self, x: Tensor, op: str) -> None:
+    def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
+        return torch.empty(num_elements, dtype=dtype, device=device)
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
         try:
             dist.all_reduce(x, _TORCH_OPS.get(op, dist.ReduceOp.SUM), group=self._group)
         except RuntimeError as error:
             raise lost(self._group, error) from error
         if op == "avg":  # gloo has no AVG
             x /= self._group.size()
+        return x
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         return None
@@ -80,8 +77,11 @@ class PlanContender:
         self.name = name
         self._communicator = communicator
 
-    def all_reduce(self, x: Tensor, op: str) -> None:
-        self._communicator.all_reduce(x, out=x, op=op)
+    def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
+        return torch.empty(num_elements, dtype=dtype, device=device)
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return self._communicator.all_reduce(x, out=x, op=op)
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Plan | None:
         return self._communicator.plan_for(num_bytes, dtype)

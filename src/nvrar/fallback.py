@@ -35,7 +35,8 @@ def all_reduce_by_torch(
 ) -> None:
     """``torch.distributed.all_reduce`` of any layout of ``x`` into ``out``. Collective.
 
-    ``wait_until`` is a time of ``time.monotonic``.
+    ``wait_until`` is a time of ``time.monotonic``, for tensors on the CPU. Work on a GPU is only queued,
+    can be captured in a graph, and has the time limit of the process group.
 
     Raises:
         ArgumentError: the backend lacks the type or the operation; the same on every rank.
@@ -46,9 +47,11 @@ def all_reduce_by_torch(
     )
     if total is not x:
         total.copy_(x)
+    on_cpu = total.device.type == "cpu"
     try:
-        work = dist.all_reduce(total, _TORCH_OPS[op], group=group, async_op=True)
-        work.wait(timedelta(seconds=max(wait_until - time.monotonic(), 0.001)))
+        work = dist.all_reduce(total, _TORCH_OPS[op], group=group, async_op=on_cpu)
+        if on_cpu:  # on a GPU a wait with a time limit would keep the host until the work is done
+            work.wait(timedelta(seconds=max(wait_until - time.monotonic(), 0.001)))
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0][:200]
         lacks = isinstance(error, ValueError) or any(w in text.lower() for w in _UNSUPPORTED)

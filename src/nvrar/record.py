@@ -68,12 +68,15 @@ def rows(
     measurements: Sequence[Measurement], provenance: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """A row for each measurement. ``speedup`` is torch's median over this one's."""
-    baseline_us = {m.num_bytes: m.median_us for m in measurements if m.contender == BASELINE}
+    baseline_us = {
+        (m.timing, m.num_bytes): m.median_us for m in measurements if m.contender == BASELINE
+    }
     for m in measurements:
-        reference_us = baseline_us.get(m.num_bytes)
+        reference_us = baseline_us.get((m.timing, m.num_bytes))
         yield {
             "contender": m.contender,
             "num_bytes": m.num_bytes,
+            "timing": m.timing,
             "plan": m.plan,
             "executor": executor_of(m),
             "fallbacks": dict(m.fallbacks),

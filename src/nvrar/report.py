@@ -20,6 +20,18 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _MARKERS = "oDs^vPX*"
 
 
+# What a sample is, by Measurement.timing.
+SAMPLES = {
+    "host": "a call, timed from the host",
+    "graph": "a call among others, back to back in a CUDA graph",
+    "interleaved": "a call between other kernels in a CUDA graph, less what these take alone",
+}
+
+
+def of_timing(measurements: Sequence[Measurement], timing: str) -> list[Measurement]:
+    return [m for m in measurements if m.timing == timing]
+
+
 def headline(provenance: Mapping[str, Any]) -> str:
     """Hardware, topology and type of a run in one line."""
     hosts = provenance["hosts"]
@@ -36,7 +48,7 @@ def headline(provenance: Mapping[str, Any]) -> str:
 def table(
     measurements: Sequence[Measurement], provenance: Mapping[str, Any], with_predictions: bool
 ) -> Group:
-    """Medians by size and contender, times how much faster than torch, and what fell back."""
+    """Medians by size and contender, times how much faster than torch, and what fell back. Of one timing."""
     names = list(dict.fromkeys(m.contender for m in measurements))
     by_place = {(m.num_bytes, m.contender): m for m in measurements}
     cells = Table()
@@ -46,7 +58,10 @@ def table(
         line = [by_place[size, name] for name in names]
         baseline = by_place.get((size, BASELINE))
         cells.add_row(format_size(size), *(_cell(m, baseline, with_predictions) for m in line))
-    legend = "median us of a call, the longest over the ranks; xN: torch's time is N times as long"
+    legend = (
+        f"median us of {SAMPLES[measurements[0].timing]}, the longest over the ranks; "
+        "xN: torch's time is N times as long"
+    )
     if with_predictions:
         legend += "; ~: predicted by the cost model"
     notes = [
@@ -78,7 +93,7 @@ def picture(measurements: Sequence[Measurement], provenance: Mapping[str, Any], 
             [m.median_us for m in line],
             color=colour,
             marker=_MARKERS[i % len(_MARKERS)],
-            linestyle="--" if name == BASELINE else "-",
+            linestyle="--" if name == BASELINE else ("-", ":")[i >= len(_COLOURS)],
             label=_label(name, line) + (" (fell back to torch)" if fell_back else ""),
         )
         axes.fill_between(

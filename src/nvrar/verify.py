@@ -68,7 +68,7 @@ def error_bound(inputs: Tensor, op: str, plan: Plan | None) -> Tensor:
 
 
 def verify(
-    all_reduce: Callable[[Tensor], Plan | None],
+    all_reduce: Callable[[Tensor], tuple[Tensor, Plan | None]],
     group: ProcessGroup,
     topology: Topology,
     num_elements: int,
@@ -81,8 +81,9 @@ def verify(
 ) -> None:
     """Checks one call of ``all_reduce`` on random data. Collective over ``group``.
 
-    ``all_reduce`` works in place and returns the plan that it ran; None, where someone else's algorithm
-    did, asks only for closeness to the exact result. ``name`` says in the error whose result it was.
+    ``all_reduce`` may work in place; it returns the result and the plan that it ran. None, where someone
+    else's algorithm did, asks only for closeness to the exact result. ``name`` says in the error whose
+    result it was.
 
     Raises:
         WrongResultError: on every rank, if the result is wrong on any.
@@ -95,8 +96,8 @@ def verify(
 
     pieces = range(0, num_elements, _PIECE)
     x = torch.cat([inputs_of(piece)[group.rank()] for piece in pieces]).to(device)
-    plan = all_reduce(x)
-    result = x.cpu()
+    reduced, plan = all_reduce(x)
+    result = reduced.cpu()
     digest = hashlib.sha256(result.view(torch.uint8).numpy().tobytes()).hexdigest()
     faults = (
         _fault(result[piece : piece + _PIECE], inputs_of(piece), plan, op, topology, piece)

@@ -32,10 +32,11 @@ class Wrong(TorchContender):
         self._is_wrong = group.rank() == rank
         self._error = error
 
-    def all_reduce(self, x: Tensor, op: str) -> None:
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
         super().all_reduce(x, op)
         if self._is_wrong:
             x[7] += self._error
+        return x
 
 
 def _measure(rank: int) -> tuple[list[Measurement], list[str]]:
@@ -102,7 +103,7 @@ def _verify_in_pieces(rank: int, wrong_at: int | None) -> str:
             ours.all_reduce(x, "max")
             if rank == 1 and wrong_at is not None:
                 x[wrong_at] += 1
-            return ours.plan_for(x.nbytes, x.dtype)
+            return x, ours.plan_for(x.nbytes, x.dtype)
 
         try:
             verify(all_reduce, group, Topology(1, 2), 2_200_003, name="x", op="max")
@@ -128,10 +129,11 @@ class OtherBits(TorchContender):
         self._claim = claim
         self._is_off = rank is None or group.rank() == rank
 
-    def all_reduce(self, x: Tensor, op: str) -> None:
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
         self._claim.all_reduce(x, op)
         if self._is_off:
             x[3] = torch.nextafter(x[3], torch.tensor(torch.inf, dtype=x.dtype))
+        return x
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype) -> Any:
         return self._claim.plan_for(num_bytes, dtype)

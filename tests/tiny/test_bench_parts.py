@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 
 from nvrar import ArgumentError, Plan, Topology
-from nvrar.bench import Measurement, Settings, turns
+from nvrar.bench import Measurement, Settings
 from nvrar.cost import MACHINES
 from nvrar.draw import draw, names_of
 from nvrar.launch import Seat, seat
 from nvrar.record import rows, write_rows
 from nvrar.report import picture, table
 from nvrar.testing import reference_all_reduce
+from nvrar.timing import turns
 from nvrar.units import format_size, format_time, parse_size
 from nvrar.verify import error_bound, exact_all_reduce, random_inputs
 

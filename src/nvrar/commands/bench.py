@@ -17,15 +17,16 @@ import torch
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
-from nvrar.bench import Measurement, measure
+from nvrar.bench import Measurement, measure, num_steps
 from nvrar.commands.common import Subparsers, add_layout, complain, exit_code
 from nvrar.commands.progress import Progress
 from nvrar.commands.request import Request, add_options
 from nvrar.contenders import contenders
 from nvrar.errors import ArgumentError, NvrarError, TopologyError
 from nvrar.launch import join, seat, start_local_workers
+from nvrar.peers import available, leave
 from nvrar.record import provenance, rows, write_rows
-from nvrar.report import picture, table
+from nvrar.report import of_timing, picture, table
 from nvrar.sideband import exchange_values, store_of
 from nvrar.topology import Topology
 from nvrar.units import format_size
@@ -46,11 +47,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     with join(place, request.settings.device, request.settings.timeout_s) as group:
         if place.rank > 0:  # what is logged on all ranks is read on one
             logging.getLogger("nvrar").setLevel(logging.ERROR)
+        code = 0
         try:
             _bench(options, request, group, console)
         except NvrarError as error:
-            return complain(error) if _is_first_to_tell(group) else exit_code(error)
-    return 0
+            code = complain(error) if _is_first_to_tell(group) else exit_code(error)
+        if request.with_peers:
+            leave(group, code, request.settings.timeout_s)
+    return code
 
 
 def _start(options: argparse.Namespace, request: Request) -> int:
@@ -99,7 +103,6 @@ def _bench(
     topology = _layout(options, group, settings.timeout_s)
     request.check_plans(topology)
     about = provenance(group, topology, settings, options.command_line, request.machine)
-    num_steps = len(request.sizes) * (1 + settings.rounds)
     with (
         contenders(
             group,
@@ -110,21 +113,27 @@ def _bench(
             machine=request.machine,
             executor=options.executor,
         ) as entrants,
-        Progress(num_steps, is_shown=group.rank() == 0) as progress,
+        Progress(num_steps(len(request.sizes), settings), group.rank() == 0) as progress,
     ):
+        if request.with_peers:
+            peers, lacking = available(group, settings.dtype, settings.op, settings.timeout_s)
+            entrants += peers
+            if lacking and group.rank() == 0:
+                print(f"nvrar: not here, so not measured: {'; '.join(lacking)}", file=sys.stderr)
         measurements = measure(
             group, topology, entrants, request.sizes, settings, request.machine, progress.step
         )
     if group.rank() == 0:
         _write(measurements, about, request)
-        console.print(table(measurements, about, options.predict))
+        for timing in settings.timings:
+            console.print(table(of_timing(measurements, timing), about, options.predict))
 
 
 def _write(measurements: Sequence[Measurement], about: Mapping[str, Any], request: Request) -> None:
     if request.rows_path:
         write_rows(rows(measurements, about), request.rows_path)
     if request.picture_path:
-        picture(measurements, about, request.picture_path)
+        picture(of_timing(measurements, request.settings.timings[0]), about, request.picture_path)
 
 
 def _layout(options: argparse.Namespace, group: ProcessGroup, timeout_s: float) -> Topology:

@@ -37,7 +37,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--op", default="sum", choices=OPS)
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    how.add_argument("--iterations", type=count, default=20, help="timed calls a round (20)")
+    how.add_argument(
+        "--eager",
+        action="store_true",
+        help="on GPUs: the host's time to queue a call; default there: CUDA graphs of calls, back to back",
+    )
+    how.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="on GPUs: also graphs in which another kernel runs between the calls",
+    )
+    how.add_argument(
+        "--no-peers",
+        action="store_true",
+        help="on GPUs: leave out NCCL on a registered pool and torch's symmetric-memory all-reduces",
+    )
+    how.add_argument("--iterations", type=count, default=20, help="samples a round (20)")
     how.add_argument("--rounds", type=count, default=4, help="rounds of all contenders (4)")
     how.add_argument("--warmup", type=int, default=5, help="calls before the first round (5)")
     how.add_argument("--max-bytes", metavar="SIZE", help="of the communicators; default: no limit")
@@ -62,6 +77,7 @@ class Request:
     directory: Path | None
     rows_path: Path | None
     picture_path: Path | None
+    with_peers: bool
 
     @classmethod
     def read(cls, options: argparse.Namespace) -> Request:
@@ -74,6 +90,7 @@ class Request:
             options.rounds,
             options.warmup,
             options.timeout,
+            _timings(options),
         )
         sizes = _sizes(options)
         for size in sizes:
@@ -95,6 +112,7 @@ class Request:
             directory,
             rows_path,
             picture_path,
+            with_peers=options.device == "cuda" and not options.no_peers and not options.eager,
         )
 
     def check_plans(self, topology: Topology) -> None:
@@ -114,6 +132,20 @@ class Request:
             if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
                 return f"{path} cannot be written: {path.parent} is no directory that may be written to"
         return ""
+
+
+def _timings(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.device == "cpu":
+        if options.eager or options.interleaved:
+            raise ArgumentError(
+                "--eager and --interleaved are about CUDA graphs; give --device cuda"
+            )
+        return ("host",)
+    if options.eager and options.interleaved:
+        raise ArgumentError("--interleaved is about CUDA graphs, which --eager does without")
+    if options.eager:
+        return ("host",)
+    return ("graph", "interleaved") if options.interleaved else ("graph",)
 
 
 def _sizes(options: argparse.Namespace) -> tuple[int, ...]:
