@@ -41,6 +41,17 @@ class PeerLost(Exception):
         self.position, self.level, self.reason, self.timed_out = position, level, reason, timed_out
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """Such as ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def backend_of(group: dist.ProcessGroup, device: str) -> str:
+    """What of ``group`` carries tensors of ``device``, out of ``cpu:gloo,cuda:nccl``."""
+    config = str(dist.get_backend_config(group))
+    return dict(entry.split(":") for entry in config.split(",")).get(device, config)
+
+
 def wire_type(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
     """What a tensor of ``dtype`` is sent as: ``wire_dtype`` widens the 16-bit types and no other."""
     return wire_dtype if wire_dtype is not None and dtype in WIDE else dtype

@@ -20,7 +20,7 @@ from nvrar._version import __version__
 from nvrar.cost import Machine
 from nvrar.errors import NvrarError
 from nvrar.gpu.jit import cache_folder
-from nvrar.host import DTYPES, OPS
+from nvrar.host import DTYPES, OPS, type_name
 from nvrar.launch import seat
 from nvrar.record import checkout, host, software, variables
 from nvrar.topology import Topology, sighting
@@ -134,7 +134,7 @@ def interfaces(environment: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def executors() -> list[dict[str, Any]]:
     """What can carry out a plan here, and what is missing for what cannot."""
-    types = ", ".join(sorted(str(t).removeprefix("torch.") for t in DTYPES))
+    types = ", ".join(sorted(type_name(t) for t in DTYPES))
     missing = gpu.lack(None)
     return [
         {

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvrar import tables
 from nvrar._version import __version__
 from nvrar.cost import Machine, machine_named
 from nvrar.errors import ArgumentError, DisagreementError, NvrarError, TopologyError
+from nvrar.hardware import device_name
+from nvrar.host import backend_of
 from nvrar.plan import Plan
 from nvrar.sideband import exchange_values
+from nvrar.table import Table
 from nvrar.topology import Topology, from_sightings, sighting
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ class Options:
 
     def check(self, num_ranks: int) -> None:
         """Raises a NvrarError for a value that cannot work, before any other rank is asked."""
-        if not isinstance(self.timeout_s, (int, float)) or not 0 < self.timeout_s < math.inf:
+        if self.wait_s() != self.timeout_s:
             raise ArgumentError(f"timeout_s is {self.timeout_s!r}; it must be a time above 0")
         if not isinstance(self.max_bytes, int) or self.max_bytes < 0:
             raise ArgumentError(f"max_bytes is {self.max_bytes!r}; it must be 0 or more bytes")
@@ -57,6 +61,11 @@ class Options:
             raise ArgumentError(f"plan is {self.plan!r}; it must be a name, a word or a Plan")
         if self.plan != "auto":
             Plan.resolve(self.plan, self.topology or Topology.flat(num_ranks))
+
+    def wait_s(self) -> float:
+        """How long to wait for others even where ``timeout_s`` is refused: they are to be told."""
+        valid = isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf
+        return self.timeout_s if valid else 30.0
 
     def _check_topology(self, num_ranks: int) -> None:
         if self.topology is None:
@@ -86,6 +95,8 @@ class Agreement:
     name: str
     topology: Topology
     gpu_lack: str  # why CUDA tensors cannot have the GPU executor; empty if they can, on every rank
+    link: str  # what carries the host executor's messages, such as "gloo"
+    tables: tuple[Table, ...]  # measured ones that hold here; rank 0's
 
 
 def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreement:
@@ -97,10 +108,8 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
         PeerTimeout: a rank did not come within ``timeout_s``.
     """
     refusal: NvrarError | None = None
-    wait_s = 30.0  # the value refused may be timeout_s itself
     try:  # the others are told before it is raised here
         options.check(group.size())
-        wait_s = options.timeout_s
     except NvrarError as error:
         refusal = error
     mine = {
@@ -108,16 +117,43 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
         "refusal": None if refusal is None else str(refusal),
         "sighting": sighting(os.environ),
         "gpu_lack": gpu_lack,
+        "devices": {
+            "host": device_name("host"),
+            "gpu": "" if gpu_lack else device_name("gpu"),
+        },
         "options": options._shown(),
     }
     try:
-        said = exchange_values(group, "communicator", mine, wait_s)
+        said = exchange_values(group, "communicator", mine, options.wait_s())
     except NvrarError as error:
         raise refusal or error from None
     if refusal is not None:
         raise refusal
     _check_equal(said)
-    return Agreement(said[0]["name"], options.topology or _detected(group, said), _lack(said))
+    topology, lack = options.topology or _detected(group, said), _lack(said)
+    executor = "host" if lack or options.executor == "host" else "gpu"
+    devices = tuple(sorted({other["devices"][executor] for other in said}))
+    found = []
+    if options.plan == "auto" and group.size() > 1:
+        found = _tables(group, executor, devices, topology, wait_s)
+    link = backend_of(group, "cpu")
+    return Agreement(said[0]["name"], topology, lack, link, tuple(found))
+
+
+def _tables(
+    group: dist.ProcessGroup,
+    executor: str,
+    devices: tuple[str, ...],
+    topology: Topology,
+    timeout_s: float,
+) -> list[Table]:
+    """Those that rank 0 found, whatever files the others have. Collective."""
+    mine = []
+    if group.rank() == 0:
+        mine = [
+            f.table.dumps() for f in tables.holding(os.environ, executor, devices, str(topology))
+        ]
+    return [Table.loads(text) for text in exchange_values(group, "tables", mine, timeout_s)[0]]
 
 
 def _check_equal(said: list[dict[str, Any]]) -> None:

@@ -24,6 +24,8 @@ from nvrar._version import __version__
 from nvrar.bench import Measurement, Settings
 from nvrar.contenders import BASELINE
 from nvrar.cost import Machine
+from nvrar.hardware import cpu_name, num_cores
+from nvrar.host import backend_of, type_name
 from nvrar.sideband import exchange_values
 from nvrar.topology import Topology
 
@@ -52,10 +54,10 @@ def provenance(
         "rank_order": list(topology.order) or None,
         "hosts": _distinct(hosts),
         "world_size": group.size(),
-        "backend": _backend(group, settings.device),
+        "backend": backend_of(group, settings.device),
         "environment": variables(os.environ),
         "machine_model": None if machine is None else asdict(machine),
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "dtype": type_name(settings.dtype),
         "op": settings.op,
         "device": settings.device,
         "iterations": settings.iterations,
@@ -109,8 +111,8 @@ def host(device: str = "cpu") -> dict[str, Any]:
     """This rank's machine."""
     return {
         "name": socket.gethostname(),
-        "cpu": _cpu_model(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "num_cores": num_cores(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
 
@@ -156,12 +158,6 @@ def checkout() -> tuple[str | None, bool | None]:
     return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
 
 
-def _backend(group: ProcessGroup, device: str) -> str:
-    """What carries tensors of ``device``, out of ``cpu:gloo,cuda:nccl``."""
-    config = str(torch.distributed.get_backend_config(group))
-    return dict(entry.split(":") for entry in config.split(",")).get(device, config)
-
-
 def _distinct(hosts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The hosts in order of first rank, each with how many ranks it holds."""
     counts: dict[str, int] = {}
@@ -169,13 +165,3 @@ def _distinct(hosts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         key = json.dumps(found)
         counts[key] = counts.get(key, 0) + 1
     return [{**json.loads(key), "num_ranks": count} for key, count in counts.items()]
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

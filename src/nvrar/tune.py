@@ -2,11 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from nvrar.cost import Machine, time_us
 from nvrar.plan import Plan
+from nvrar.table import Table, Trial, bucket
 from nvrar.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a message is reduced.
+
+    Attributes:
+        plan: by which plan, unless ``by_torch``; then, by which plan if it must be ours after all.
+        measured: what the table knows of it; ``packets`` and the launch are set where they were measured
+            for this size. None where the cost model chose, or the caller.
+        by_torch: ``torch.distributed.all_reduce`` was measured to be faster.
+    """
+
+    plan: Plan
+    measured: Trial | None = None
+    by_torch: bool = False
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """What a communicator does for each size.
+
+    Args:
+        fixed: the plan asked for; None is ``"auto"``: as measured where a table fits, else by the cost model.
+        deterministic: keep to one list of radices, and never to torch.
+        may_use_torch: whether torch's all-reduce does the same thing.
+        tables: equal on all ranks; of ``topology``, each for another link and type.
+    """
+
+    topology: Topology
+    machine: Machine
+    fixed: Plan | None = None
+    deterministic: bool = False
+    may_use_torch: bool = True
+    tables: tuple[Table, ...] = ()
+
+    def choose(self, num_bytes: int, dtype: str, link: str) -> Choice:
+        """For a message of ``num_bytes`` of ``dtype`` as it is sent over ``link`` (see
+        :class:`nvrar.table.Key`). Sizes are told apart by their next power of two."""
+        if self.fixed is not None:
+            return Choice(self.fixed)
+        table = self.table_for(dtype, link)
+        if table is not None:
+            entry = table.entry_for(num_bytes)
+            radices = pinned_radices(self.topology) if self.deterministic else None
+            best = entry.best(radices)
+            if best is not None:
+                if bucket(entry.num_bytes) != bucket(num_bytes):
+                    best = replace(best, packets=None, blocks=None, threads=None)
+                may = self.may_use_torch and not self.deterministic
+                return Choice(best.plan, best, may and entry.is_for_torch)
+        return Choice(choose(self.topology, num_bytes, self.machine, self.deterministic))
+
+    def table_for(self, dtype: str, link: str) -> Table | None:
+        fitting = (t for t in self.tables if (t.key.dtype, t.key.link) == (dtype, link))
+        return next(fitting, None)
 
 
 @lru_cache(maxsize=1024)
@@ -15,19 +73,34 @@ def choose(
 ) -> Plan:
     """The plan with the least predicted time; of equals, the one with fewer levels.
 
-    Sizes are told apart by their next power of two. ``deterministic`` keeps to the radices of the
-    named plan ``nvrar``, whatever the size, so that the bits of a result do not depend on the size of
+    Sizes are told apart by their next power of two. ``deterministic`` keeps to
+    :func:`pinned_radices`, whatever the size, so that the bits of a result do not depend on the size of
     the message it was part of.
     """
     candidates = Plan.all(topology)
     if deterministic:
-        pinned = Plan.named("nvrar", topology).radices
+        pinned = pinned_radices(topology)
         candidates = tuple(plan for plan in candidates if plan.radices == pinned)
-    size = 1 << max(num_bytes - 1, 0).bit_length()
+    size = bucket(num_bytes)
     return min(candidates, key=lambda plan: time_us(plan, topology, size, machine))
+
+
+def pinned_radices(topology: Topology) -> tuple[int, ...]:
+    """The radices of a deterministic communicator: those of the named plan ``nvrar``."""
+    return Plan.named("nvrar", topology).radices
 
 
 def ranking(topology: Topology, num_bytes: int, machine: Machine) -> list[tuple[Plan, float]]:
     """Every plan with its predicted time in microseconds, fastest first."""
     timed = [(plan, time_us(plan, topology, num_bytes, machine)) for plan in Plan.all(topology)]
     return sorted(timed, key=lambda pair: pair[1])
+
+
+def worth_trying(
+    topology: Topology, num_bytes: int, machine: Machine, most: int
+) -> tuple[Plan, ...]:
+    """The plans to measure for a size: the ``most`` fastest by the model, and, so that a deterministic
+    communicator has a choice too, the two fastest of :func:`pinned_radices`."""
+    ranked = [plan for plan, _ in ranking(topology, num_bytes, machine)]
+    pinned = [plan for plan in ranked if plan.radices == pinned_radices(topology)]
+    return tuple(dict.fromkeys([*ranked[:most], *pinned[:2]]))

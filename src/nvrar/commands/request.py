@@ -12,13 +12,13 @@ from nvrar.commands.common import count, machine_from
 from nvrar.contenders import BASELINE
 from nvrar.cost import Machine
 from nvrar.errors import ArgumentError
-from nvrar.host import DTYPES, OPS
+from nvrar.host import DTYPES, OPS, type_name
 from nvrar.plan import PLAN_NAMES, Plan
 from nvrar.report import PICTURES
 from nvrar.topology import Topology
 from nvrar.units import parse_size
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_DTYPES = {type_name(dtype): dtype for dtype in DTYPES}
 _MOST_CONTENDERS = 7  # beside torch: as many as can be told apart in a picture
 
 

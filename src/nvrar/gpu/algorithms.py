@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nvrar.gpu.layout import LL, LL128, Format, num_parts
+from nvrar.gpu.layout import FORMATS, LL, LL128, Format, LaunchShape, num_parts
 from nvrar.plan import Plan
+from nvrar.tune import Choice
+
+NVLINK = "nvlink"  # the link (nvrar.table.Key.link) that keeps 128-byte lines whole
 
 # Up to so many bytes a part, LL is as fast as LL128 over NVLink or faster; it needs fewer instructions.
 # Measured on 2x H200 (benchmarks/): 2.68 us against 2.70 at 1 KB, 2.79 against 2.73 at 4 KB.
@@ -15,29 +18,27 @@ LL_PART_BYTES = 2048
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How one size is reduced; equal on all ranks."""
+    """How one size is reduced; equal on all ranks. ``shape`` None: as :func:`nvrar.gpu.layout.launch_shape`
+    says."""
 
     plan: Plan
     packets: Format
+    shape: LaunchShape | None = None
 
 
 class Algorithms:
     """For sizes up to ``max_bytes``, told apart by their next power of two.
 
     Args:
-        choose: the plan for a size in bytes.
-        lines_travel_whole: whether LL128 may be used: every link keeps 128-byte lines whole.
+        choose: what to do for a size in bytes.
+        link: how the peers are reached; LL128 takes NVLINK.
     """
 
-    def __init__(
-        self, choose: Callable[[int], Plan], max_bytes: int, lines_travel_whole: bool
-    ) -> None:
-        self._by_exponent = []
-        for exponent in range(max(max_bytes - 1, 0).bit_length() + 1):
-            plan = choose(1 << exponent)
-            small = 1 << exponent <= LL_PART_BYTES * num_parts(plan)
-            packets = LL if small or not lines_travel_whole else LL128
-            self._by_exponent.append(Algorithm(plan, packets))
+    def __init__(self, choose: Callable[[int], Choice], max_bytes: int, link: str) -> None:
+        self._by_exponent = [
+            _algorithm(choose(1 << exponent), 1 << exponent, link)
+            for exponent in range(max(max_bytes - 1, 0).bit_length() + 1)
+        ]
         self._max_bytes = max_bytes
 
     def of(self, num_bytes: int) -> Algorithm:
@@ -50,3 +51,14 @@ class Algorithms:
             algorithm: min(1 << exponent, max(self._max_bytes, 1))
             for exponent, algorithm in enumerate(self._by_exponent)
         }
+
+
+def _algorithm(choice: Choice, num_bytes: int, link: str) -> Algorithm:
+    measured = choice.measured
+    if measured is not None and measured.packets and (link == NVLINK or measured.packets == "LL"):
+        shape = None
+        if measured.blocks and measured.threads:
+            shape = LaunchShape(measured.blocks, measured.threads)
+        return Algorithm(choice.plan, FORMATS[measured.packets], shape)
+    small = num_bytes <= LL_PART_BYTES * num_parts(choice.plan)
+    return Algorithm(choice.plan, LL if small or link != NVLINK else LL128)

@@ -71,17 +71,40 @@ def most_threads(plan: Plan) -> int:
     return 256 if num_parts(plan) > 1 else 512
 
 
-def launch_shape(plan: Plan, packets: Format, num_bytes: int, most_blocks: int) -> LaunchShape:
-    """Small blocks and many of them, so that a small message still uses many multiprocessors.
+def launch_shape(
+    plan: Plan,
+    packets: Format,
+    num_bytes: int,
+    most_blocks: int,
+    wanted: LaunchShape | None = None,
+) -> LaunchShape:
+    """``wanted`` (a measured one) as far as it fits; else small blocks and many of them, so that a small
+    message still uses many multiprocessors.
 
     All blocks must be resident at once, because they wait for each other's peers: ``most_blocks`` of
     :func:`most_threads`.
     """
+    if wanted is not None:
+        threads = min(wanted.threads, most_threads(plan))
+        return LaunchShape(max(1, min(most_blocks, wanted.blocks)), threads)
     needed = num_units(plan, packets, num_bytes) * packets.threads
     threads = 128
     while threads < most_threads(plan) and needed > threads * 64:
         threads *= 2
     return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)
+
+
+def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[LaunchShape, ...]:
+    """Launches beside the usual one: blocks of every size, one, two and four turns of them."""
+    needed = num_units(plan, packets, num_bytes) * packets.threads
+    sizes = [threads for threads in (64, 128, 256, 512) if threads <= most_threads(plan)]
+    return tuple(
+        dict.fromkeys(
+            LaunchShape(-(-needed // (threads * turns)), threads)
+            for threads in sizes
+            for turns in (1, 2, 4)
+        )
+    )
 
 
 # What follows the sum needs memory of the block for the squares: an eighth of a row's bytes in floats.

@@ -1,0 +1,34 @@
+"""What this rank computes on, by name. A measured table holds for these names."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def cpu_name() -> str:
+    """The model, such as ``"Intel(R) Xeon(R) Platinum 8480+"``."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def device_name(executor: str) -> str:
+    """Of the current GPU for ``"gpu"``; for ``"host"`` of the CPU, with its cores."""
+    if executor == "gpu":
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()}, {num_cores()} cores"

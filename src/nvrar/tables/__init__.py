@@ -1,0 +1,114 @@
+"""Where measured tables are kept, and which of them hold here.
+
+``NVRAR_TUNE_TABLE``, a table or a folder of them, goes before all; ``off`` means none. Else the user's cache,
+where ``nvrar tune`` writes, and then this folder: what we measured and ship. Only rank 0 of a communicator
+looks; the others are given what it found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvrar.gpu.jit import cache_folder
+from nvrar.table import Table, TableError
+
+log = logging.getLogger("nvrar")
+
+VARIABLE = "NVRAR_TUNE_TABLE"
+OFF = "off"
+SHIPPED = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Found:
+    """A table and the file that it is from."""
+
+    table: Table
+    path: Path
+
+
+def user_folder() -> Path:
+    """Where ``nvrar tune`` keeps its tables: in the user's cache."""
+    return cache_folder() / "tables"
+
+
+def file_name(table: Table) -> str:
+    """Equal for tables of equal keys."""
+    key = table.key
+    words = [key.executor, *key.devices, key.topology, key.link, key.dtype]
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", w.lower()).strip("-") for w in words) + ".json"
+
+
+def holding(
+    environment: Mapping[str, str], executor: str, devices: tuple[str, ...], topology: str
+) -> list[Found]:
+    """The tables that hold for these ranks: at most one for each link and type, the first of the places'.
+
+    What does not read is left out with a warning that names the file.
+    """
+    found: dict[tuple[str, str], Found] = {}
+    wanted = (executor, devices, topology)
+    for path, is_asked_for in _files(environment):
+        table = _read(path)
+        if table is None:
+            continue
+        key = table.key
+        if (key.executor, key.devices, key.topology) == wanted:
+            found.setdefault((key.link, key.dtype), Found(table, path))
+        elif is_asked_for:
+            log.warning(
+                "%s=%s holds for %s, and here are %s ranks of %s (%s executor): plans are chosen by the cost "
+                "model; run nvrar tune here, or unset %s",
+                VARIABLE, path, key, topology, ", ".join(devices), executor, VARIABLE,
+            )  # fmt: skip
+    return list(found.values())
+
+
+def write(table: Table, path: Path) -> None:
+    """All or nothing; makes the folder. Raises OSError where it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(table.dumps())
+        os.chmod(
+            temporary, 0o644
+        )  # mkstemp's are the user's alone, and a cluster may share a folder
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _files(environment: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
+    """In order of precedence, and whether the user asked for that very file."""
+    given = environment.get(VARIABLE, "")
+    if given == OFF:
+        return
+    if given:
+        path = Path(given)
+        if path.is_dir():
+            yield from ((file, False) for file in sorted(path.glob("*.json")))
+        else:
+            yield path, True
+        return
+    for folder in (user_folder(), SHIPPED):
+        yield from ((file, False) for file in sorted(folder.glob("*.json")))
+
+
+def _read(path: Path) -> Table | None:
+    try:
+        return Table.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, TableError) as error:
+        log.warning(
+            "the tuning table %s is left out: %s; delete it, or make it anew with nvrar tune (%s=%s ignores "
+            "all tables)",
+            path, error, VARIABLE, OFF,
+        )  # fmt: skip
+        return None
