@@ -135,7 +135,7 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
     devices = tuple(sorted({other["devices"][executor] for other in said}))
     found = []
     if options.plan == "auto" and group.size() > 1:
-        found = _tables(group, executor, devices, topology, wait_s)
+        found = _tables(group, executor, devices, topology, options.timeout_s)
     link = backend_of(group, "cpu")
     return Agreement(said[0]["name"], topology, lack, link, tuple(found))
 
