@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for NVIDIA GPUs: what a decode step is made of, each near the memory's speed.
+
+Imported only where there is a GPU. `yalis/kernels/reference.py` says in plain torch what each kernel
+computes; tests hold them equal.
+"""

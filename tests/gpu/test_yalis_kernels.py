@@ -1,0 +1,21 @@
+"""yalis's Triton kernels on a GPU: against their reference, and the same bits whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["norms", "activations", "rotations", "products", "attentions", "attention_alone"]
+)
+def test_kernels(name: str, dtype: torch.dtype) -> None:
+    import kernel_cases
+
+    kernel_cases.ALL[name](torch.device("cuda", 0), dtype)
