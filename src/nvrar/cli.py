@@ -15,7 +15,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from nvrar._version import __version__
-from nvrar.commands import bench, info, plan
+from nvrar.commands import bench, info, plan, tune
 from nvrar.commands.common import complain
 from nvrar.errors import NvrarError
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="nvrar", description="An all-reduce for tensor parallelism beyond one node.")
     top.add_argument("--version", action="version", version=f"nvrar {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, plan, bench):
+    for command in (info, plan, bench, tune):
         command.add(commands)
     return top
 

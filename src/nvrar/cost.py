@@ -129,6 +129,10 @@ MACHINES = {
 }
 
 
+# What plans are chosen for by an executor, where nobody says.
+USUAL = {"host": MACHINES["gloo"], "gpu": MACHINES["h100-ndr"]}
+
+
 def machine_named(name: str) -> Machine:
     """One of :data:`MACHINES`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@cache
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel driver; None where it is not loaded."""
+    try:
+        first = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+    except OSError:
+        return None
+    numbers = re.findall(r"\b\d+\.\d+(?:\.\d+)*\b", first)
+    return numbers[0] if numbers else None
 
 
 def num_cores() -> int:

@@ -24,7 +24,7 @@ from nvrar._version import __version__
 from nvrar.bench import Measurement, Settings
 from nvrar.contenders import BASELINE
 from nvrar.cost import Machine
-from nvrar.hardware import cpu_name, num_cores
+from nvrar.hardware import cpu_name, driver_version, num_cores
 from nvrar.host import backend_of, type_name
 from nvrar.sideband import exchange_values
 from nvrar.topology import Topology
@@ -64,6 +64,13 @@ def provenance(
         "rounds": settings.rounds,
         "warmup": settings.warmup,
     }
+
+
+def without_names(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what names hosts, interfaces or folders: for a file that is passed on."""
+    hosts = [{k: v for k, v in host.items() if k != "name"} for host in provenance["hosts"]]
+    named = ("environment", "rank_order", "kernel")
+    return {k: v for k, v in provenance.items() if k not in named} | {"hosts": hosts}
 
 
 def rows(
@@ -125,6 +132,7 @@ def software() -> dict[str, str | None]:
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "nccl": _nccl_version() if with_nccl else None,
+        "driver": driver_version(),
         "kernel": platform.release(),
     }
 

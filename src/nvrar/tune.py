@@ -51,16 +51,19 @@ class Chooser:
         if self.fixed is not None:
             return Choice(self.fixed)
         table = self.table_for(dtype, link)
-        if table is not None:
-            entry = table.entry_for(num_bytes)
-            radices = pinned_radices(self.topology) if self.deterministic else None
-            best = entry.best(radices)
-            if best is not None:
-                if bucket(entry.num_bytes) != bucket(num_bytes):
-                    best = replace(best, packets=None, blocks=None, threads=None)
-                may = self.may_use_torch and not self.deterministic
-                return Choice(best.plan, best, may and entry.is_for_torch)
-        return Choice(choose(self.topology, num_bytes, self.machine, self.deterministic))
+        if table is None:
+            return Choice(self._by_model(num_bytes))
+        entry = table.entry_for(num_bytes)
+        by_torch = self.may_use_torch and not self.deterministic and entry.is_for_torch
+        best = entry.best(pinned_radices(self.topology) if self.deterministic else None)
+        if best is None:
+            return Choice(self._by_model(num_bytes), None, by_torch)
+        if bucket(entry.num_bytes) != bucket(num_bytes):
+            best = replace(best, packets=None, blocks=None, threads=None)
+        return Choice(best.plan, best, by_torch)
+
+    def _by_model(self, num_bytes: int) -> Plan:
+        return choose(self.topology, num_bytes, self.machine, self.deterministic)
 
     def table_for(self, dtype: str, link: str) -> Table | None:
         fitting = (t for t in self.tables if (t.key.dtype, t.key.link) == (dtype, link))

@@ -133,7 +133,16 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("bench --timeout 0", ["timeout", "0 s", "above 0"]),
         ("bench --plot x.gif", ["x.gif", ".svg"]),
         ("bench --json /nowhere/x.jsonl", ["/nowhere/x.jsonl", "directory"]),
-        ("tune", ["tune", "bench"]),
+        ("bench --eager", ["--eager", "--device cuda"]),
+        ("bench --device cuda --eager --interleaved", ["--interleaved", "--eager"]),
+        ("tune --sizes 1001", ["1001", "multiple of the 2 bytes"]),
+        ("tune --dtype bfloat16,int4", ["int4", "float32"]),
+        ("tune --device cuda --dtype float64", ["float64", "bfloat16"]),
+        ("tune --budget 0", ["--budget", "0 s", "above 0"]),
+        ("tune --device cpu --nodes 1 --ranks-per-node 1", ["one rank", "--ranks-per-node"]),
+        ("tune --dtype bfloat16,float32 --output x.json", ["x.json", "2 types", "folder"]),
+        ("tune --output /proc/x", ["/proc/x", "cannot be made"]),
+        ("turn", ["turn", "tune"]),
         ("", ["COMMAND"]),
     ],
 )
@@ -161,7 +170,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, str]]]
         calls.append((num_workers, variables))
         return 7
 
-    monkeypatch.setattr("nvrar.commands.bench.start_local_workers", start)
+    monkeypatch.setattr("nvrar.commands.ranks.start_local_workers", start)
     return calls
 
 

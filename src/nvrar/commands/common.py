@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from nvrar.cost import MACHINES, Machine
+from nvrar import gpu
+from nvrar.cost import MACHINES, USUAL, Machine
 from nvrar.errors import ArgumentError, NvrarError
 
 if TYPE_CHECKING:
@@ -32,19 +33,26 @@ def add_layout(parser: argparse.ArgumentParser, purpose: str) -> None:
     group.add_argument("--ranks-per-node", type=count, metavar="G")
     group.add_argument(
         "--machine",
-        default="gloo",
-        help=f"what 'auto' optimises for: {', '.join(MACHINES)}, a JSON object such as "
+        help=f"what the cost model describes: {', '.join(MACHINES)}, a JSON object such as "
         '\'{"node_local": {"latency_us": 60, "bandwidth_gbps": 1.2}, "cross_node": {...}}\', '
-        "or a file that holds one (default: %(default)s)",
+        f"or a file that holds one (default: {USUAL['host'].name} on CPUs, {USUAL['gpu'].name} on GPUs)",
     )
 
 
-def machine_from(text: str) -> Machine:
-    """The machine of that name, or described by that JSON object, or by the file of that path.
+def executor_here() -> str:
+    """What would reduce this machine's tensors: ``"gpu"`` where nothing is missing for it."""
+    return "host" if gpu.lack(None) else "gpu"
+
+
+def machine_from(text: str | None, executor: str) -> Machine:
+    """The machine of that name, or described by that JSON object, or by the file of that path; for None the
+    usual one of ``executor``.
 
     Raises:
         ArgumentError: none of the three, or a description that does not read.
     """
+    if text is None:
+        return USUAL[executor]
     if text in MACHINES or text.lstrip().startswith("{"):
         return Machine.parse(text)
     try:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nvrar.commands.common import Subparsers, add_layout, machine_from, print_json
+from nvrar.commands.common import Subparsers, add_layout, executor_here, machine_from, print_json
 from nvrar.info import PACKAGES, collect, environment_topology
 from nvrar.topology import Topology
 from nvrar.units import format_size, format_time
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     topology = Topology(
         options.nodes or default.num_nodes, options.ranks_per_node or default.ranks_per_node
     )
-    machine = machine_from(options.machine)
+    machine = machine_from(options.machine, executor_here())
     facts = collect(os.environ, topology, machine)
     if options.json:
         print_json(facts, console)

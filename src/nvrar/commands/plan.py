@@ -9,7 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nvrar.commands.common import Subparsers, add_layout, count, machine_from, print_json
+from nvrar.commands.common import (
+    Subparsers,
+    add_layout,
+    count,
+    executor_here,
+    machine_from,
+    print_json,
+)
 from nvrar.cost import level_costs
 from nvrar.draw import draw, names_of
 from nvrar.plan import PLAN_NAMES, Plan
@@ -34,7 +41,7 @@ def add(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     topology = Topology(options.nodes or 2, options.ranks_per_node or 4)
-    machine = machine_from(options.machine)
+    machine = machine_from(options.machine, executor_here())
     num_bytes = parse_size(options.bytes)
     chosen = choose(topology, num_bytes, machine)
     drawn = Plan.resolve(options.plan, topology) if options.plan else chosen

@@ -18,22 +18,26 @@ from nvrar.report import PICTURES
 from nvrar.topology import Topology
 from nvrar.units import parse_size
 
-_DTYPES = {type_name(dtype): dtype for dtype in DTYPES}
+DTYPE_NAMES = {type_name(dtype): dtype for dtype in DTYPES}
 _MOST_CONTENDERS = 7  # beside torch: as many as can be told apart in a picture
+
+
+def add_sizes(group: argparse._ArgumentGroup, default: str) -> None:
+    group.add_argument("--sizes", default=default, help="default: %(default)s")
+    group.add_argument("--min", metavar="SIZE", help="with --max: all doublings from here")
+    group.add_argument("--max", metavar="SIZE")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     sizes = parser.add_argument_group("what")
-    sizes.add_argument("--sizes", default="1K,4K,16K,64K,256K,1M", help="default: %(default)s")
-    sizes.add_argument("--min", metavar="SIZE", help="with --max: all doublings from here")
-    sizes.add_argument("--max", metavar="SIZE")
+    add_sizes(sizes, "1K,4K,16K,64K,256K,1M")
     sizes.add_argument(
         "--plans",
         default="auto,nvrar,one-shot,two-shot",
         help=f"auto, {', '.join(PLAN_NAMES)} or words such as 'split:2 exchange:2'; torch is always "
         "there (default: %(default)s)",
     )
-    sizes.add_argument("--dtype", default="bfloat16", choices=sorted(_DTYPES))
+    sizes.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_NAMES))
     sizes.add_argument("--op", default="sum", choices=OPS)
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -83,7 +87,7 @@ class Request:
     def read(cls, options: argparse.Namespace) -> Request:
         """Raises ArgumentError for the first option that cannot work."""
         settings = Settings(
-            _DTYPES[options.dtype],
+            DTYPE_NAMES[options.dtype],
             options.op,
             options.device,
             options.iterations,
@@ -92,7 +96,7 @@ class Request:
             options.timeout,
             _timings(options),
         )
-        sizes = _sizes(options)
+        sizes = read_sizes(options)
         for size in sizes:
             settings.num_elements(size)
         named = (word.strip() for word in options.plans.split(","))
@@ -107,7 +111,7 @@ class Request:
             sizes,
             plans,
             settings,
-            machine_from(options.machine),
+            machine_from(options.machine, "gpu" if options.device == "cuda" else "host"),
             parse_size(options.max_bytes) if options.max_bytes else max(sizes),
             directory,
             rows_path,
@@ -148,7 +152,12 @@ def _timings(options: argparse.Namespace) -> tuple[str, ...]:
     return ("graph", "interleaved") if options.interleaved else ("graph",)
 
 
-def _sizes(options: argparse.Namespace) -> tuple[int, ...]:
+def read_sizes(options: argparse.Namespace) -> tuple[int, ...]:
+    """What :func:`add_sizes` asked for, in bytes, each once.
+
+    Raises:
+        ArgumentError: none, or one that does not read.
+    """
     if options.min is None and options.max is None:
         words = [word for word in options.sizes.split(",") if word.strip()]
         if not words:
