@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
-from nvrar import gpu, host, tune
+from nvrar import gpu, host
 from nvrar.arguments import refusal_of_call
-from nvrar.cost import Machine, machine_named
-from nvrar.errors import ArgumentError, ClosedError, NvrarError
+from nvrar.cost import USUAL, Machine, machine_named
+from nvrar.errors import ArgumentError, ClosedError, GpuUnavailable, NvrarError
 from nvrar.fallback import CollectiveLost, all_reduce_by_torch
 from nvrar.options import Options, agree
 from nvrar.plan import Plan
-from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
+from nvrar.rms_norm import add_rms_norm, refusal_of_norm
+from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group, together
+from nvrar.table import bucket
 from nvrar.topology import Topology
+from nvrar.tune import Choice, Chooser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +53,10 @@ def _let_go_of_groups() -> None:
 
 
 _DENSE = torch.contiguous_format
+COMPILE_S = (
+    300.0  # what a rank may take longer than others to compile its kernels, on top of timeout_s
+)
+_FASTER_BY_TORCH = "sizes at which the measured table has torch faster"
 
 
 @dataclass
@@ -81,7 +88,8 @@ class Communicator:
             result do not depend on the size of the message it was part of.
         wire_dtype: ``torch.float32`` keeps 16-bit inputs in fp32 across levels and rounds once, at the
             end, for twice the bytes; None sends the tensor's own type.
-        machine: what ``plan="auto"`` optimises for: a Machine, the name of one, or None for gloo.
+        machine: what ``plan="auto"`` chooses for where no measured table holds: a Machine, the name of
+            one, or None: gloo for CPU tensors, h100-ndr where there is the GPU executor.
         executor: ``"auto"``, or ``"host"`` for point-to-point messages whatever the device.
 
     Raises:
@@ -115,21 +123,35 @@ class Communicator:
         options = Options(
             topology, plan, max_bytes, timeout_s, deterministic, wire_dtype, machine, executor
         )
-        agreement = agree(self.group, options, gpu.lack(self.group))
+        if executor == "host" or self.world_size == 1:
+            gpu_lack = gpu.lack(self.group)
+        else:
+            gpu_lack = gpu.open_for(self.group, options.wait_s())
+        agreement = agree(self.group, options, gpu_lack)
         self.name = agreement.name
         self.topology = agreement.topology
         self.plan = plan if plan == "auto" else Plan.resolve(plan, self.topology)
-        default = "gloo" if agreement.gpu_lack else "h100-ndr"
-        self.machine = (
-            machine if isinstance(machine, Machine) else machine_named(machine or default)
+        usual = USUAL["host" if agreement.gpu_lack else "gpu"]
+        self.machine = machine_named(machine) if isinstance(machine, str) else machine or usual
+        self._chooser = Chooser(
+            self.topology,
+            self.machine,
+            self.plan if isinstance(self.plan, Plan) else None,
+            deterministic,
+            may_use_torch=wire_dtype is None and executor == "auto",
+            tables=agreement.tables,
         )
+        self._link = agreement.link
+        self._choices: dict[tuple[int, torch.dtype], Choice] = {}
+        self._too_large = f"messages above max_bytes ({max_bytes})"
         self._host = host.HostExecutor(self.group, self.topology, self.name)
         self._sideband = Sideband(self.group, self.name, timeout_s)
         self._gpu_lack = agreement.gpu_lack
         self._gpu: GpuCalls | None = None
         if executor == "auto" and not agreement.gpu_lack and self.world_size > 1:
             self._gpu = self._make_gpu_calls()
-            self.warmup([*(1 << e for e in range(max_bytes.bit_length())), max_bytes])
+        if self._gpu is not None:
+            self._link = self._gpu.link
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
@@ -160,35 +182,85 @@ class Communicator:
         """
         if torch.compiler.is_compiling():
             return _compiled(self.name, x, out, op)
-        if self._ended is not None:
-            raise self._ended.with_traceback(None)  # else it would grow with every call
-        self._epoch += 1
-        refusal = refusal_of_call(x, out, op)
-        if refusal:
-            self._refuse(refusal)
+        self._begin(x, refusal_of_call(x, out, op))
         if out is None:
             out = torch.empty_like(x, memory_format=_DENSE, requires_grad=False)
-        self.stats.calls += 1
-        self.stats.bytes += x.nbytes
-        if x.numel():
-            if self._gpu is not None and x.is_cuda:
-                self._run_gpu(self._gpu, x, out, op)
-            else:
-                with torch.no_grad():
-                    self._run(x, out, op)
+        self._reduce(x, out, op)
         return out
 
+    def all_reduce_add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float = 1e-6,
+        *,
+        out: Tensor | None = None,
+        residual_out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over ranks, the residual added to it, and the RMSNorm of that; collective, and on GPUs one
+        launch. What a transformer layer does after each of its row-parallel products.
+
+        Args:
+            x: ``[..., hidden]`` float32, float16 or bfloat16; the same shape and dtype on all ranks.
+            residual: of the same shape and dtype; each rank's own result uses its own.
+            weight: ``[hidden]`` of that dtype.
+            eps: added to the mean of squares.
+            out, residual_out: receive the results; ``out=x`` and ``residual_out=residual`` work in place.
+
+        Returns:
+            ``(normalised, sum + residual)``, with the bits that :meth:`all_reduce` and
+            :func:`nvrar.rms_norm.add_rms_norm` have one after the other. No gradient flows through them.
+
+        Capturable in a CUDA graph after :meth:`warmup` with ``norm=True``. Where rows are not a multiple of
+        16 bytes, or longer than 64 KB, or the message is larger than ``max_bytes``, it takes two launches or
+        more.
+
+        Raises:
+            NvrarError: as :meth:`all_reduce`.
+        """
+        if torch.compiler.is_compiling():
+            return _compiled_norm(self.name, x, residual, weight, eps, out, residual_out)
+        self._begin(x, refusal_of_norm(x, residual, weight, eps, out, residual_out))
+        new = (torch.empty_like(x, memory_format=_DENSE, requires_grad=False) for _ in range(2))
+        out = next(new) if out is None else out
+        residual_out = next(new) if residual_out is None else residual_out
+        if not x.numel():
+            return out, residual_out
+        calls = self._gpu if x.is_cuda else None
+        with torch.no_grad():
+            if calls is not None and self._sums_rows(calls, x):
+                self._check_gpu_call(calls, x)
+                calls.add_rms_norm(x, residual, weight, eps, out, residual_out, sums=True)
+                return out, residual_out
+            total = torch.empty_like(x, memory_format=_DENSE)
+            self._reduce(x, total, "sum")
+            if calls is not None and calls.takes_rows(x):
+                calls.add_rms_norm(total, residual, weight, eps, out, residual_out, sums=False)
+            else:
+                normed, h = add_rms_norm(total, residual, weight, eps)
+                out.copy_(normed)
+                residual_out.copy_(h)
+        return out, residual_out
+
     def warmup(
-        self, sizes: Iterable[int], dtype: torch.dtype = torch.bfloat16, op: str = "sum"
+        self,
+        sizes: Iterable[int],
+        dtype: torch.dtype = torch.bfloat16,
+        op: str = "sum",
+        *,
+        norm: bool = False,
     ) -> None:
         """Compiles and loads what CUDA messages of ``sizes`` bytes need, so that no call does. Local.
 
-        Creation has done it for bfloat16 sums of all sizes. Without a GPU there is nothing to do.
+        Creation has done it for bfloat16 sums of all sizes; ``norm`` does it for
+        :meth:`all_reduce_add_rms_norm` too. Without a GPU there is nothing to do.
         """
         if self._gpu is not None:
             wire = host.wire_type(dtype, self.wire_dtype)
             wide = wire.itemsize // dtype.itemsize
-            self._gpu.warmup((n * wide for n in sizes if n <= self.max_bytes), wire, op)
+            wanted = (n * wide for n in sizes if n <= self.max_bytes)
+            self._gpu.warmup(wanted, wire, op, norm=norm)
 
     def check(self) -> None:
         """Waits for the GPU, and raises what went wrong in calls so far. Local.
@@ -213,8 +285,7 @@ class Communicator:
         """
         if not isinstance(num_bytes, int) or num_bytes < 0:
             raise ArgumentError(f"num_bytes is {num_bytes!r}; it must be a whole number, 0 or more")
-        wire = host.wire_type(dtype, self.wire_dtype)
-        return self._plan_on_wire(num_bytes * wire.itemsize // dtype.itemsize)
+        return self._choice(num_bytes, dtype).plan
 
     def executor_for(self, device: str) -> str:
         """What carries out calls on tensors of ``"cpu"`` or ``"cuda"``: ``"host"``, ``"gpu"``, or
@@ -251,46 +322,79 @@ class Communicator:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def _refuse(self, refusal: str) -> NoReturn:
+    def _begin(self, x: Tensor, refusal: str) -> None:
+        """Every call begins so: one that cannot work ends here."""
+        if self._ended is not None:
+            raise self._ended.with_traceback(None)  # else it would grow with every call
+        self._epoch += 1
+        if refusal:
+            self._refuse(x, refusal)
+        self.stats.calls += 1
+        self.stats.bytes += x.nbytes
+
+    def _reduce(self, x: Tensor, out: Tensor, op: str) -> None:
+        if not x.numel():
+            return
+        if self._gpu is not None and x.is_cuda:
+            self._run_gpu(self._gpu, x, out, op)
+        else:
+            with torch.no_grad():
+                self._run(x, out, op)
+
+    def _refuse(self, x: object, refusal: str) -> NoReturn:
         """Raises on this rank, and tells the others why their wait is in vain."""
-        self._sideband.publish(Report(self._epoch, "", refused=refusal))
+        epoch = self._epoch
+        if self._gpu is not None and isinstance(x, torch.Tensor) and x.is_cuda:
+            # Kernels report calls as the device counts them, replays of graphs too.
+            if torch.cuda.is_current_stream_capturing():
+                raise ArgumentError(refusal)  # nobody waits yet
+            epoch = self._gpu.next_call()
+        self._sideband.publish(Report(epoch, "", refused=refusal))
         raise ArgumentError(refusal)
 
-    def _plan_on_wire(self, num_bytes: int) -> Plan:
-        if isinstance(self.plan, Plan):
-            return self.plan
-        return tune.choose(self.topology, num_bytes, self.machine, self.deterministic)
+    def _choice(self, num_bytes: int, dtype: torch.dtype) -> Choice:
+        """For a tensor of ``num_bytes``; what is sent may be wider."""
+        wire = host.wire_type(dtype, self.wire_dtype)
+        key = (bucket(num_bytes * wire.itemsize // dtype.itemsize), wire)
+        found = self._choices.get(key)
+        if found is None:
+            found = self._choices[key] = self._chooser.choose(
+                key[0], host.type_name(wire), self._link
+            )
+        return found
 
     def _make_gpu_calls(self) -> GpuCalls | None:
         from nvrar.gpu.calls import GpuCalls
-        from nvrar.gpu.heap import GpuUnavailable
 
-        budget_s = self.timeout_s - self._sideband.grace_s
-        most_on_wire = self.max_bytes * (1 if self.wire_dtype is None else 2)
+        wider = 1 if self.wire_dtype is None else 2
+        sizes = [*(1 << e for e in range(self.max_bytes.bit_length())), self.max_bytes]
+        calls = None
         try:
-            return GpuCalls(
+            made = calls = GpuCalls(
                 self.group,
                 self.topology,
-                self._plan_on_wire,
-                most_on_wire,
+                self._chooser.choose,
+                self.max_bytes * wider,
                 self.timeout_s,
-                budget_s,
+                self.timeout_s - self._sideband.grace_s,
             )
+
+            def compile_all() -> None:
+                wire = host.wire_type(torch.bfloat16, self.wire_dtype)
+                made.warmup((n * wider for n in sizes), wire)
+
+            together(self.group, "kernels", compile_all, self.timeout_s + COMPILE_S)
         except GpuUnavailable as error:  # the same on every rank
             self._gpu_lack = str(error)
+            if calls is not None:
+                calls.close()
             return None
+        return made
 
     def _run_gpu(self, calls: GpuCalls, x: Tensor, out: Tensor, op: str) -> None:
-        if calls.has_failed:
-            self._raise_gpu_failure(calls)
-        if x.device != calls.device:
-            self._refuse(
-                f"x is on {x.device}, the communicator was made on {calls.device}; make it while the "
-                "device of its tensors is the current one (torch.cuda.set_device)"
-            )
-        reason = calls.lack(x.dtype, op)
-        if reason or x.nbytes > self.max_bytes:
-            reason = reason or self._too_large()
+        self._check_gpu_call(calls, x)
+        reason = calls.lack(x.dtype, op) or self._left_to_torch(x)
+        if reason:
             with torch.no_grad():
                 return self._run_torch(x, out, op, reason, time.monotonic() + self.timeout_s)
         wire = host.wire_type(x.dtype, self.wire_dtype)
@@ -301,6 +405,22 @@ class Communicator:
             calls.all_reduce(packed, packed, op)
             out.copy_(packed)
         return None
+
+    def _check_gpu_call(self, calls: GpuCalls, x: Tensor) -> None:
+        if calls.has_failed:
+            self._raise_gpu_failure(calls)
+        if x.device != calls.device:
+            self._refuse(
+                x,
+                f"x is on {x.device}, the communicator was made on {calls.device}; make it while the "
+                "device of its tensors is the current one (torch.cuda.set_device)",
+            )
+
+    def _sums_rows(self, calls: GpuCalls, x: Tensor) -> bool:
+        """Whether sum and norm are one launch. Equal on all ranks that make the same call."""
+        if self._left_to_torch(x) or host.wire_type(x.dtype, self.wire_dtype) != x.dtype:
+            return False
+        return calls.sums_rows(x)
 
     def _raise_gpu_failure(self, calls: GpuCalls) -> None:
         if calls.has_failed and self._ended is None:
@@ -344,6 +464,8 @@ class Communicator:
             self._warned.add(reason)
             # Once in a job, not once a rank: the reason is the same on all of them.
             level = logging.WARNING if self.rank == 0 else logging.DEBUG
+            is_meant = reason == _FASTER_BY_TORCH or not self.max_bytes
+            level = min(level, logging.INFO) if is_meant else level
             log.log(level, "nvrar leaves calls to torch.distributed.all_reduce: %s", reason)
         self.stats.fallbacks[reason] += 1
         call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by torch.distributed"
@@ -373,16 +495,43 @@ class Communicator:
 
     def _fallback_reason(self, x: Tensor) -> str:
         """Why no executor takes ``x``; empty if one does. Equal on all ranks that make the same call."""
-        if x.nbytes > self.max_bytes:
-            return self._too_large()
         if x.dtype not in host.DTYPES:
             return f"dtype {x.dtype}"
         if x.device.type != "cpu" and self.executor != "host" and self.world_size > 1:
             return f"no executor for {x.device.type} tensors: {self._gpu_lack}"
+        return self._left_to_torch(x)
+
+    def _left_to_torch(self, x: Tensor) -> str:
+        """Why torch's all-reduce takes ``x`` though an executor could; empty if it does not."""
+        if x.nbytes > self.max_bytes:
+            return self._too_large
+        if self._choice(x.nbytes, x.dtype).by_torch and (x.is_cuda or self._gpu is None):
+            return _FASTER_BY_TORCH
         return ""
 
-    def _too_large(self) -> str:
-        return f"messages above max_bytes ({self.max_bytes})"
+
+def _compiled_norm(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    residual_out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    results = torch.ops.nvrar.all_reduce_add_rms_norm(x, residual, weight, eps, name)
+    wanted = zip((out, residual_out), results, strict=True)
+    first, second = (r if into is None else _copied(into, r) for into, r in wanted)
+    return first, second
+
+
+def _copied(out: Tensor, total: Tensor) -> Tensor:
+    if out.shape != total.shape or out.dtype != total.dtype:  # copy_ would broadcast, and convert
+        raise ArgumentError(
+            f"out is {out.dtype} {tuple(out.shape)}, x is {total.dtype} {tuple(total.shape)}; "
+            "they must be equal"
+        )
+    return out.copy_(total)
 
 
 def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
@@ -390,11 +539,4 @@ def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
         torch.ops.nvrar.all_reduce_(x, name, op)
         return x
     total: Tensor = torch.ops.nvrar.all_reduce(x, name, op)
-    if out is None:
-        return total
-    if out.shape != x.shape or out.dtype != x.dtype:  # copy_ would broadcast, and convert
-        raise ArgumentError(
-            f"out is {out.dtype} {tuple(out.shape)}, x is {x.dtype} {tuple(x.shape)}; "
-            "they must be equal"
-        )
-    return out.copy_(total)
+    return total if out is None else _copied(out, total)

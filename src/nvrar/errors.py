@@ -27,6 +27,10 @@ class DisagreementError(NvrarError):
     """Ranks called the same collective with different arguments, or one of them refused its own."""
 
 
+class GpuUnavailable(NvrarError):
+    """What the GPU executor needs is not here, on some rank; calls are left to torch instead."""
+
+
 class WrongResultError(NvrarError):
     """A result that is not the reduction of the inputs, or not the same on all ranks."""
 

@@ -1,9 +1,10 @@
 """The all-reduce as torch operators, so that torch.compile can see it whole.
 
 ``torch.ops.nvrar.all_reduce(x, comm, op)`` gives a new tensor, ``torch.ops.nvrar.all_reduce_`` works in
-place; ``comm`` is ``Communicator.name``. User code calls :meth:`Communicator.all_reduce`, which turns
-into these when it is compiled. A compiled program leaves out an ``all_reduce`` whose result it does
-not use; all ranks must therefore compile the same program, as they must make the same calls.
+place, ``torch.ops.nvrar.all_reduce_add_rms_norm`` gives two new ones; ``comm`` is ``Communicator.name``.
+User code calls the methods of :class:`nvrar.Communicator`, which turn into these when it is compiled. A
+compiled program leaves out an ``all_reduce`` whose result it does not use; all ranks must therefore
+compile the same program, as they must make the same calls.
 """
 
 from __future__ import annotations
@@ -43,3 +44,16 @@ def all_reduce_(x: Tensor, comm: str, op: str = "sum") -> None:
 @all_reduce_.register_fake
 def _(x: Tensor, comm: str, op: str = "sum") -> None:
     return None
+
+
+@torch.library.custom_op("nvrar::all_reduce_add_rms_norm", mutates_args=())
+def all_reduce_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, comm: str
+) -> tuple[Tensor, Tensor]:
+    return _communicator(comm).all_reduce_add_rms_norm(x, residual, weight, eps)
+
+
+@all_reduce_add_rms_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, comm: str) -> tuple[Tensor, Tensor]:
+    dense = torch.contiguous_format
+    return torch.empty_like(x, memory_format=dense), torch.empty_like(x, memory_format=dense)

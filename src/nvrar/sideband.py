@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from nvrar.errors import ArgumentError, DisagreementError, NvrarError, PeerTimeout
+from nvrar.errors import (
+    ArgumentError,
+    DisagreementError,
+    GpuUnavailable,
+    NvrarError,
+    PeerTimeout,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -77,13 +83,10 @@ def exchange_values(group: ProcessGroup, purpose: str, value: Any, timeout_s: fl
         PeerTimeout: some ranks did not bring theirs within ``timeout_s``; it names them all.
     """
     store, rank = store_of(group), group.rank()
-    turn, keys = 0, []
+    turn = 0
+    keys: list[str] = []
     try:
-        # The n-th exchange of a purpose on one rank meets the n-th of every other; the store counts,
-        # so that no process has to remember.
-        turn = store.add(f"nvrar/{purpose}/turns/{rank}", 1)
-        keys = [f"nvrar/{purpose}/{turn}/{r}" for r in range(group.size())]
-        store.set(keys[rank], json.dumps(value))
+        turn, keys = _bring(group, purpose, value)
         store.wait(keys, timedelta(seconds=timeout_s))
         return [json.loads(store.get(key)) for key in keys]
     except RuntimeError as error:
@@ -95,6 +98,54 @@ def exchange_values(group: ProcessGroup, purpose: str, value: Any, timeout_s: fl
             rank=rank,
             peers=missing,
         ) from error
+
+
+def _bring(group: ProcessGroup, purpose: str, value: Any) -> tuple[int, list[str]]:
+    """Leaves ``value`` in the store; the turn, and where all ranks' values are or will be."""
+    store, rank = store_of(group), group.rank()
+    # The n-th exchange of a purpose on one rank meets the n-th of every other; the store counts,
+    # so that no process has to remember.
+    turn = store.add(f"nvrar/{purpose}/turns/{rank}", 1)
+    keys = [f"nvrar/{purpose}/{turn}/{r}" for r in range(group.size())]
+    store.set(keys[rank], json.dumps(value))
+    return turn, keys
+
+
+def together(
+    group: ProcessGroup, purpose: str, action: Callable[[], _T], timeout_s: float
+) -> list[_T]:
+    """Every rank's result of ``action`` (anything JSON can carry); where one fails, all do. Collective.
+
+    Raises:
+        GpuUnavailable: a rank's ``action`` raised it; on every rank.
+        NvrarError: this rank's ``action`` raised it.
+        DisagreementError: another rank's did.
+        PeerTimeout: a rank did not come within ``timeout_s``.
+    """
+    failure: NvrarError | None = None
+    mine: dict[str, Any] = {"value": None, "error": None}
+    try:
+        mine["value"] = action()
+    except Exception as error:  # whatever it is, the others must not wait in vain
+        failure = error if isinstance(error, NvrarError) else NvrarError(f"{purpose}: {error!r}")
+        failure.__cause__ = error.__cause__ if failure is error else error
+        mine["error"] = {"text": str(failure), "lacks": isinstance(failure, GpuUnavailable)}
+    said = exchange_values(group, purpose, mine, timeout_s)
+    failed = [(r, s["error"]) for r, s in enumerate(said) if s["error"] is not None]
+    if not failed:
+        return [s["value"] for s in said]
+    wrong = [(r, e) for r, e in failed if not e["lacks"]]
+    rank, told = (wrong or failed)[0]
+    if not wrong:
+        raise GpuUnavailable(f"rank {rank}: {told['text']}") from failure
+    if failure is not None:
+        raise failure
+    raise DisagreementError(f"rank {rank}: {told['text']}")
+
+
+def stay_out(group: ProcessGroup, purpose: str, reason: str) -> None:
+    """For a rank that cannot take part in ``together``: all others raise GpuUnavailable. Does not wait."""
+    _bring(group, purpose, {"value": None, "error": {"text": reason, "lacks": True}})
 
 
 def _missing(store: Store, keys: list[str]) -> tuple[int, ...]:

@@ -21,7 +21,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("transport", ["direct", "put"])
 @pytest.mark.parametrize("topology", [f"1x{GPUS}", f"{GPUS}x1"])
-@pytest.mark.parametrize("check", ["bits", "layouts", "graphs", "storm", "late", "mismatch"])
+@pytest.mark.parametrize(
+    "check",
+    ["bits", "layouts", "graphs", "norm", "storm", "streams", "groups", "foreign_nvshmem", "memory"]
+    + ["late", "mismatch"],
+)
 def test_on_every_gpu(check, topology, transport):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(GPUS), str(SCRIPT), topology, check]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nvrar.errors import PeerTimeout
 from nvrar.gpu.layout import FORMATS, LL, LL128
 from nvrar.plan import PLAN_NAMES, Plan
+from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
 from nvrar.topology import Topology
 
@@ -119,6 +121,56 @@ def test_calls_of_random_sizes_with_random_delays(word, packets):
     cluster.check()
     for n, results, _ in calls:
         assert all(same_bits(r, expected[n]) for r in results)
+
+
+@pytest.mark.parametrize("packets", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "word",
+    ["identity", "exchange:2", "exchange:8", "split:2", "split:3 exchange:2", "split:8 exchange:4"],
+)
+def test_sum_residual_and_norm_have_the_bits_of_the_three_apart(word, dtype, packets):
+    from nvrar.gpu.virtual import VirtualCluster
+
+    plan = Plan.parse(word)
+    ranks = plan.world_size
+    cluster = VirtualCluster(plan, packets, dtype, max_bytes=1 << 20, jitter_ns=2000)
+    align = 16 // dtype.itemsize
+    for hidden in (align, 3 * align, 480, 1024, 5120, 16384):
+        for num_rows in (1, 3, 40):
+            shape = (ranks, num_rows, hidden)
+            x = random_inputs(ranks, num_rows * hidden, dtype, hidden).view(shape)
+            residual = random_inputs(ranks, num_rows * hidden, dtype, hidden + 1).view(shape)
+            weight = random_inputs(1, hidden, dtype, hidden + 2)[0]
+            total = reference_all_reduce(x, plan)
+            expected = [add_rms_norm(total, r, weight, 1e-5) for r in residual]
+            call = cluster.prepare_rows(
+                list(x), list(residual), weight, 1e-5, list(x), list(residual)
+            )
+            cluster.launch(call)  # in place
+            cluster.check()
+            for rank, (normed, h) in enumerate(expected):
+                assert same_bits(residual[rank], h), (hidden, num_rows, rank)
+                assert same_bits(x[rank], normed), (hidden, num_rows, rank)
+
+
+def test_rows_that_cannot_be_summed_are_poisoned():
+    """One rank is missing from the launch: the others end, and leave no numbers behind."""
+    from nvrar.gpu.virtual import VirtualCluster
+
+    cluster = VirtualCluster(
+        Plan.parse("exchange:2"), LL128, torch.bfloat16, max_bytes=1 << 16, budget_s=0.05
+    )
+    x, residual = (random_inputs(2, 8192, torch.bfloat16, n).view(2, 2, 4096) for n in range(2))
+    weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+    call = cluster.prepare_rows(list(x), list(residual), weight, 1e-5, list(x), list(residual))
+    cluster.num_ranks = 1  # of the launch's grid
+    cluster.launch(call)
+    with pytest.raises(PeerTimeout):
+        cluster.check()
+    assert x[0].isnan().all()
+    assert residual[0].isnan().all()
+    assert not x[1].isnan().any()
 
 
 @pytest.mark.parametrize("op", ["sum", "max"])

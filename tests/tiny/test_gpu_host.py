@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from nvrar.communicator import Communicator
-from nvrar.gpu import executor, kernel
+from nvrar.cost import machine_named
+from nvrar.gpu import kernel, links
 from nvrar.gpu.calls import GpuCalls
 from nvrar.gpu.executor import GpuExecutor
+from nvrar.gpu.links import Device
 from nvrar.plan import Plan
 from nvrar.topology import Topology
+from nvrar.tune import Chooser
 
 
 class FakeStream:
@@ -45,21 +48,31 @@ def test_a_budget_fits_the_kernels_signed_clock(budget_s: float) -> None:
     assert ticks == 2**31 - 1 or abs(ticks * 2**20 - budget_s * 1e9) <= 2**20
 
 
-def test_lines_are_not_trusted_to_links_that_cannot_be_seen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert not executor._links_keep_lines([0, 1])
-    assert executor._links_keep_lines([0])
+HERE = Device("a", "0000:1B:00.0")
+NEAR, FAR = Device("a", "0000:2C:00.0"), Device("b", "0000:1B:00.0")
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_lines_are_trusted_to_nvlink_alone(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(links, "_joined_by_nvlink", lambda *pair: asked.append(pair) or joined)
+    assert HERE.keeps_lines_to([NEAR, FAR, HERE]) == joined
+    assert asked == [(HERE.bus, [NEAR.bus])]  # nothing but NVLink maps another host's memory
+    assert HERE.keeps_lines_to([HERE, FAR])
+    assert Device.from_json(HERE.to_json()) == HERE
+
+
+def test_without_nvml_lines_are_not_trusted(caplog: pytest.LogCaptureFixture) -> None:
+    assert not HERE.keeps_lines_to([NEAR])  # this machine has no driver
+    assert "capability 'utility'" in caplog.text
 
 
 def test_a_failure_counts_calls_as_the_host_does() -> None:
     calls = object.__new__(GpuCalls)
     calls._topology, calls._position = Topology(1, 2), 0
-    failure = SimpleNamespace(epoch=2, level=0, digit=1, kind=1, signature=9)
+    failure = SimpleNamespace(epoch=2, level=0, digit=1, kind=1)
     plan = Plan.parse("exchange:2")
-    calls._executor = SimpleNamespace(failure=failure, call_of=lambda signature: ("sum", plan))
+    calls._executor = SimpleNamespace(failure=failure, failed_call=lambda: ("sum", plan))
     report = calls.report()
     assert (report.epoch, report.waits_on, report.timed_out) == (1, 1, True)
 
@@ -75,7 +88,7 @@ class Recorder:
     def lack(self, dtype: torch.dtype, op: str) -> str:
         return ""
 
-    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum") -> None:
+    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum", *, norm: bool = False) -> None:
         self.prepared.append((list(sizes), dtype))
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
@@ -86,6 +99,8 @@ class Recorder:
 def communicator(wire_dtype: torch.dtype | None) -> tuple[Communicator, Recorder]:
     comm, calls = object.__new__(Communicator), Recorder()
     comm._gpu, comm.wire_dtype, comm.max_bytes = calls, wire_dtype, 1000
+    comm._choices, comm._link = {}, "nvlink"
+    comm._chooser = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("split:2"))
     return comm, calls
 
 
@@ -99,14 +114,19 @@ def test_what_is_sent_in_fp32_is_prepared_in_fp32() -> None:
 
 
 def test_the_workspace_is_made_for_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr("nvrar.gpu.calls.GpuCalls", lambda *given: made.append(given))
+    made, recorder = [], Recorder()
+    monkeypatch.setattr("nvrar.gpu.calls.GpuCalls", lambda *given: made.append(given) or recorder)
+    monkeypatch.setattr("nvrar.communicator.together", lambda group, what, action, wait: [action()])
     for wire_dtype in (None, torch.float32):
         comm, _ = communicator(wire_dtype)
         comm.group, comm.topology, comm.timeout_s = None, Topology(1, 2), 5.0
         comm.plan, comm._sideband = Plan.parse("split:2"), SimpleNamespace(grace_s=1.0)
-        comm._make_gpu_calls()
+        assert comm._make_gpu_calls() is recorder
     assert [given[3] for given in made] == [1000, 2000]
+    assert [(max(sizes), dtype) for sizes, dtype in recorder.prepared] == [
+        (1000, torch.bfloat16),
+        (2000, torch.float32),
+    ]
 
 
 def test_strided_parameters_are_reduced_in_place() -> None:

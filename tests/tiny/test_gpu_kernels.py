@@ -46,6 +46,17 @@ def test_named_plans_compile_lean(name, arch):
         assert entry_points(built.cubin) == 1
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_sum_with_norm_compiles_lean(arch):
+    for word in ("identity", "exchange:2", "exchange:8", "split:8 exchange:2 exchange:2"):
+        for packets in FORMATS.values():
+            built = jit.build(spec(word, packets, arch, rows=True))
+            threads = layout.most_threads(Plan.parse(word))
+            assert built.num_registers * threads <= 65536
+            assert built.spill_bytes == built.stack_bytes == 0
+            assert entry_points(built.cubin) == 1
+
+
 @pytest.mark.parametrize("dtype", jit.TYPES, ids=str)
 @pytest.mark.parametrize("op", jit.OPS)
 def test_every_type_and_operation_compiles(dtype, op):
@@ -139,6 +150,21 @@ def test_units_cover_every_message(packets):
             covered = layout.num_parts(plan) * packets.data_bytes
             units = layout.num_units(plan, packets, num_bytes)
             assert (units - 1) * covered < num_bytes <= units * covered
+
+
+@pytest.mark.parametrize("packets", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("word", ["identity", "exchange:2", "split:4 exchange:2", "split:7"])
+@pytest.mark.parametrize("row_bytes", [16, 1008, 8192, 16384, 65536])
+def test_a_block_covers_its_row(row_bytes, word, packets):
+    plan, rows = Plan.parse(word), layout.Rows(5, row_bytes)
+    units = rows.units_of_row(plan, packets)
+    assert units * layout.num_parts(plan) * packets.data_bytes >= row_bytes
+    shape = rows.launch_shape(plan, packets, most_blocks=3)
+    assert shape.blocks == 3
+    assert shape.threads % 32 == 0
+    assert 32 <= shape.threads <= layout.most_threads(plan)
+    assert rows.shared_bytes() <= 48 << 10  # what a kernel has without asking
+    assert rows.inbox_bytes(plan, packets) >= layout.inbox_bytes(plan, packets, 5 * row_bytes)
 
 
 def test_first_gap():

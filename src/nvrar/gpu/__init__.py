@@ -7,6 +7,8 @@ import importlib.util
 import torch
 import torch.distributed as dist
 
+from nvrar.errors import GpuUnavailable
+
 _PACKAGES = {
     "nvshmem": "nvshmem4py-cu13 and nvidia-nvshmem-cu13",
     "cuda.core": "cuda-core",
@@ -27,6 +29,28 @@ def lack(group: dist.ProcessGroup | None) -> str:
         return f"lacks {', '.join(missing)}: pip install 'nvrar[{cuda}]'"
     if group is not None and "nccl" not in dist.get_backend_config(group):
         return "has no NCCL in its process group: init_process_group('cpu:gloo,cuda:nccl')"
+    return ""
+
+
+def open_for(group: dist.ProcessGroup, timeout_s: float) -> str:
+    """Opens the symmetric heap, unless something keeps this rank from the GPU executor: what does.
+
+    The first time collective over the default process group, and before anything that is collective over
+    ``group``: so no order in which ranks make communicators on several groups can block it.
+
+    Raises:
+        NvrarError: see :func:`nvrar.gpu.heap.open_heap`.
+    """
+    here = lack(None)
+    of_group = lack(group)
+    if of_group and not here:  # the same on all ranks of the group
+        return of_group
+    from nvrar.gpu.heap import open_heap
+
+    try:
+        open_heap(here, timeout_s)
+    except GpuUnavailable as error:
+        return str(error)
     return ""
 
 

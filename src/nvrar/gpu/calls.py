@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,9 +11,12 @@ import torch
 from nvrar.gpu.algorithms import Algorithm, Algorithms
 from nvrar.gpu.executor import GpuExecutor, Prepared
 from nvrar.gpu.jit import OPS, TYPES
+from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
+from nvrar.host import type_name
 from nvrar.plan import Plan
 from nvrar.sideband import Report
 from nvrar.topology import Topology
+from nvrar.tune import Choice
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -20,19 +24,23 @@ if TYPE_CHECKING:
 
 _FOREIGN = 3  # Failure.kind of a packet that belongs to another call
 _MOST_PREPARED = 4096  # sizes, types and operations whose arguments are kept
+_ROW_ALIGN = 16  # bytes at which rows and tensors of rows start
+_DENSE = torch.contiguous_format
+_NO_SUM = Algorithm(Plan(()), LL128)
 
 
 class GpuCalls:
     """Collective to make; see :class:`nvrar.gpu.executor.GpuExecutor` for what it raises.
 
-    ``choose`` and ``max_bytes`` are of messages as they are sent.
+    ``choose`` (see :meth:`nvrar.tune.Chooser.choose`) and ``max_bytes`` are of messages as they are sent.
+    ``link`` says how the peers are reached, in the words of :class:`nvrar.table.Key`.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         topology: Topology,
-        choose: Callable[[int], Plan],
+        choose: Callable[..., Choice],
         max_bytes: int,
         timeout_s: float,
         budget_s: float,
@@ -40,12 +48,16 @@ class GpuCalls:
         self._topology = topology
         self._position = topology.position_of(group.rank())
 
-        def algorithms(lines_travel_whole: bool) -> dict[Algorithm, int]:
-            self._algorithms = Algorithms(choose, max_bytes, lines_travel_whole)
-            return self._algorithms.largest()
+        def algorithms(link: str) -> dict[Algorithm, int]:
+            self.link = link
+            for dtype in TYPES:
+                of_type = partial(choose, dtype=type_name(dtype), link=link)
+                self._algorithms[dtype] = Algorithms(of_type, max_bytes, link)
+            return _largest(self._algorithms.values())
 
+        self._algorithms: dict[torch.dtype, Algorithms] = {}
         self._executor = GpuExecutor(group, topology, algorithms, timeout_s, budget_s)
-        self._prepared: dict[tuple[int, torch.dtype, str], Prepared] = {}
+        self._prepared: dict[object, Prepared] = {}
         self.device = self._executor.device
 
     def lack(self, dtype: torch.dtype, op: str) -> str:
@@ -68,23 +80,80 @@ class GpuCalls:
         self._executor.launch(prepared, x, out)
         return None
 
-    def warmup(self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum") -> None:
+    def takes_rows(self, x: Tensor) -> bool:
+        """Whether :meth:`add_rms_norm` has a kernel for the rows of ``x``. By shape and type alone."""
+        row_bytes = x.shape[-1] * x.element_size()
+        return row_bytes % _ROW_ALIGN == 0 and row_bytes <= MOST_ROW_BYTES
+
+    def sums_rows(self, x: Tensor) -> bool:
+        """Whether it may also sum over the ranks in the same launch. Equal on all of them."""
+        rows = Rows(x.numel() // x.shape[-1], x.shape[-1] * x.element_size())
+        room = self._executor.has_room_for
+        return self.takes_rows(x) and room(rows, self._algorithms[x.dtype].of(x.nbytes))
+
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        residual_out: Tensor,
+        sums: bool,
+    ) -> None:
+        """csrc/rows.cuh in one launch. With ``sums``, of the sum of all ranks' ``x``, and then collective.
+
+        Any layout: what is not contiguous and aligned is copied, for a peer cannot know of it.
+        """
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.add_rms_norm(x, residual, weight, eps, out, residual_out, sums)
+        hidden = x.shape[-1]
+        key = (x.nbytes, x.dtype, hidden, eps, sums)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            algorithm = self._algorithms[x.dtype].of(x.nbytes) if sums else _NO_SUM
+            rows = Rows(x.numel() // hidden, hidden * x.element_size())
+            prepared = self._keep(key, self._executor.prepare_rows(rows, x.dtype, eps, algorithm))
+        inputs = [t if _is_tidy(t) else _tidied(t) for t in (x, residual, weight)]
+        results = [
+            t if _is_tidy(t) else torch.empty_like(t, memory_format=_DENSE)
+            for t in (out, residual_out)
+        ]
+        self._executor.launch_rows(prepared, *inputs, *results)
+        for wanted, result in zip((out, residual_out), results, strict=True):
+            if result is not wanted:
+                wanted.copy_(result)
+        return None
+
+    def warmup(
+        self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum", *, norm: bool = False
+    ) -> None:
         """Compiles and loads what messages of ``sizes`` bytes need; nothing where :meth:`lack` names a
         reason. Local."""
         if self.lack(dtype, op):
             return
         with torch.cuda.device(self.device):
-            for num_bytes in sizes:
-                if num_bytes:
-                    self._prepare(num_bytes, dtype, op)
+            for num_bytes in filter(None, sizes):
+                self._prepare(num_bytes, dtype, op)
+                if norm and dtype.is_floating_point:
+                    self._executor.load_rows(dtype, self._algorithms[dtype].of(num_bytes))
+                    self._executor.load_rows(dtype, _NO_SUM)
 
     def _prepare(self, num_bytes: int, dtype: torch.dtype, op: str) -> Prepared:
+        algorithm = self._algorithms[dtype].of(num_bytes)
+        prepared = self._executor.prepare(num_bytes, dtype, op, algorithm)
+        return self._keep((num_bytes, dtype, op), prepared)
+
+    def _keep(self, key: object, prepared: Prepared) -> Prepared:
         if len(self._prepared) >= _MOST_PREPARED:
             self._prepared.clear()
-        algorithm = self._algorithms.of(num_bytes)
-        prepared = self._executor.prepare(num_bytes, dtype, op, algorithm)
-        self._prepared[num_bytes, dtype, op] = prepared
+        self._prepared[key] = prepared
         return prepared
+
+    def next_call(self) -> int:
+        """The number of the next call, as :meth:`report` counts. Waits for the GPU."""
+        return self._executor.epoch() - 1
 
     @property
     def has_failed(self) -> bool:
@@ -94,7 +163,7 @@ class GpuCalls:
     def report(self) -> Report:
         """What went wrong on the device, for the other ranks and for the error."""
         failure = self._executor.failure
-        call, plan = self._executor.call_of(failure.signature)
+        call, plan = self._executor.failed_call()
         peer = plan.members(self._position, failure.level)[failure.digit]
         foreign = failure.kind == _FOREIGN
         return Report(
@@ -108,3 +177,19 @@ class GpuCalls:
 
     def close(self) -> None:
         self._executor.close()
+
+
+def _largest(every: Iterable[Algorithms]) -> dict[Algorithm, int]:
+    largest: dict[Algorithm, int] = {}
+    for algorithms in every:
+        for algorithm, num_bytes in algorithms.largest().items():
+            largest[algorithm] = max(num_bytes, largest.get(algorithm, 0))
+    return largest
+
+
+def _is_tidy(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.data_ptr() % _ROW_ALIGN == 0
+
+
+def _tidied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=_DENSE)

@@ -14,27 +14,26 @@ import torch.distributed as dist
 from nvrar.errors import ArgumentError
 from nvrar.gpu import heap, jit, kernel, layout
 from nvrar.gpu.algorithms import Algorithm
-from nvrar.gpu.layout import LL, LL128, Format, LaunchShape
+from nvrar.gpu.layout import LaunchShape, Rows
+from nvrar.gpu.workspace import Workspace
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.topology import Topology
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TRANSPORTS = ("auto", "direct", "put")
 
 
 @dataclass
 class Prepared:
     """A call of one size, type and operation, ready but for the addresses."""
 
-    args: ctypes.Structure
+    args: Any  # of kernel.args_type_of
     pointers: ctypes.Array[ctypes.c_void_p]
     whole: kernel.Function
     ragged: kernel.Function
     shape: LaunchShape
     align: int
+    shared_bytes: int = 0
     configs: dict[int, Any] = field(default_factory=dict)  # by stream
 
 
@@ -42,52 +41,28 @@ class GpuExecutor:
     """Collective to make over ``group``. Kernels of one executor run in stream order.
 
     Args:
-        algorithms: told whether LL128 may be used, gives every algorithm that may run with its largest
-            message in bytes; equal on all ranks. It sizes the workspace.
+        algorithms: told the link (:class:`nvrar.table.Key`), gives every algorithm that may run with its
+            largest message in bytes; equal on all ranks. It sizes the workspace.
         timeout_s: bound on waits for peers during creation.
         budget_s: bound on every wait inside a kernel.
 
     Raises:
-        GpuUnavailable: NVSHMEM cannot be had, or has no memory left.
-        ArgumentError: NVRAR_TRANSPORT asks for what the links cannot do.
-        PeerTimeout: a rank did not come.
+        NvrarError: see :class:`nvrar.gpu.workspace.Workspace`.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         topology: Topology,
-        algorithms: Callable[[bool], dict[Algorithm, int]],
+        algorithms: Callable[[str], dict[Algorithm, int]],
         timeout_s: float,
         budget_s: float,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros(1, device=self.device)  # makes the context that everything below lives in
         properties = torch.cuda.get_device_properties(self.device)
         self._arch = f"sm_{properties.major}{properties.minor}"
         self._num_processors = properties.multi_processor_count
-        self._topology = topology
-        self._position = topology.position_of(group.rank())
-        self._transport = _transport_option()
-        self._heap = heap.open_heap(timeout_s)
-        self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
-        self._mapped = [self._heap.is_mapped(pe) for pe in self._pes]
-        if self._transport == "direct" and not all(self._mapped):
-            far = [r for r, mapped in enumerate(self._mapped) if not mapped]
-            raise ArgumentError(
-                f"NVRAR_TRANSPORT=direct, but the memory of ranks {far} is not mapped on rank "
-                f"{group.rank()}; leave it unset, and such ranks are reached by put"
-            )
-        near = all(self._mapped) and self._transport != "put" and _links_keep_lines(self._pes)
-        self.algorithms = algorithms(all(exchange_values(group, "near", near, timeout_s)))
-
-        self._region_bytes = {f: _largest(self.algorithms, f) for f in (LL, LL128)}
-        inbox_bytes = 2 * sum(self._region_bytes.values())
-        # Inboxes, and behind them an outbox of the LL region's size for what travels by put.
-        self._piece = self._heap.allocate(
-            group, inbox_bytes + 2 * self._region_bytes[LL], timeout_s
-        )
-        self._outbox = self._piece.address + inbox_bytes
+        self._workspace = Workspace(group, topology, algorithms, timeout_s)
         self._control = torch.zeros(4, dtype=torch.int32, device=self.device)
         self._control[0] = 2  # the first epoch: 0 is what fresh memory holds
         self._failure_memory = torch.zeros(8, dtype=torch.int32).pin_memory()
@@ -99,9 +74,8 @@ class GpuExecutor:
         self._last_stream: torch.cuda.Stream | None = None
         self._last_raw_stream: int | None = None
         self._overlaps = properties.major >= 9 and os.environ.get("NVRAR_OVERLAP", "1") != "0"
-        self._calls: dict[int, tuple[str, Plan]] = {}  # what each signature stands for
+        self._calls: dict[tuple[str, Plan], int] = {}  # by what a kernel calls them in a report
         torch.cuda.synchronize(self.device)
-        exchange_values(group, "gpu executor", True, timeout_s)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -114,14 +88,37 @@ class GpuExecutor:
         args.in_ = source = x.data_ptr()
         args.out = target = out.data_ptr()
         whole = (source | target | args.num_bytes) % prepared.align == 0
-        function = prepared.whole if whole else prepared.ragged
+        self._launch(prepared, prepared.whole if whole else prepared.ragged)
+
+    def launch_rows(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        residual_out: Tensor,
+    ) -> None:
+        """The same with what :meth:`prepare_rows` says. All contiguous, at multiples of 16 bytes."""
+        args, norm = prepared.args, prepared.args.norm
+        args.in_, args.out = x.data_ptr(), out.data_ptr()
+        norm.residual, norm.residual_out = residual.data_ptr(), residual_out.data_ptr()
+        norm.weight = weight.data_ptr()
+        self._launch(prepared, prepared.whole)
+
+    def _launch(self, prepared: Prepared, function: kernel.Function) -> None:
         stream = torch.cuda.current_stream(self.device)
         raw_stream = stream.cuda_stream
         if raw_stream != self._last_raw_stream:
             self._follow(stream)
         config = prepared.configs.get(raw_stream)
         if config is None:
-            config = function.config(prepared.shape, raw_stream, overlaps=self._overlaps)
+            config = function.config(
+                prepared.shape,
+                raw_stream,
+                overlaps=self._overlaps,
+                shared_bytes=prepared.shared_bytes,
+            )
             prepared.configs[raw_stream] = config
         function.launch(config, ctypes.addressof(prepared.pointers))
 
@@ -137,54 +134,88 @@ class GpuExecutor:
     def prepare(
         self, num_bytes: int, dtype: torch.dtype, op: str, algorithm: Algorithm
     ) -> Prepared:
-        """What a call needs. Compiles and loads its kernels the first time; local.
+        """What an all-reduce needs. Compiles and loads its kernels the first time; local.
 
         Raises:
             ArgumentError: the message is larger than the workspace was made for, or kernels would have to
                 be compiled while a graph is captured.
         """
         plan, packets = algorithm.plan, algorithm.packets
-        args = kernel.args_type_of(plan)()
-        parity_bytes = self._region_bytes[packets]
-        if layout.inbox_bytes(plan, packets, num_bytes) > parity_bytes:
+        needed = layout.inbox_bytes(plan, packets, num_bytes)
+        if needed > self._workspace.room_for(packets):
             raise ArgumentError(
-                f"{num_bytes} bytes by '{plan}' in {packets.name} packets need more than the "
-                f"{parity_bytes} bytes that the workspace was made for; raise max_bytes"
+                f"{num_bytes} bytes by '{plan}' in {packets.name} packets need {needed} bytes, the workspace "
+                f"was made for {self._workspace.room_for(packets)}; raise max_bytes"
             )
-        region = 0 if packets is LL else 2 * self._region_bytes[LL]
-        args.budget_ticks = self._budget_ticks
-        args.inbox = self._piece.address + region
-        args.outbox = self._outbox
-        args.parity_bytes = parity_bytes
-        args.control = self._control.data_ptr()
-        args.failure = self._failure_memory.data_ptr()
-        args.digit[:] = plan.digits(self._position)
-        members = [p for i in range(len(plan.levels)) for p in plan.members(self._position, i)]
-        pes = [self._pes[self._topology.rank_at(p)] for p in members]
-        args.pe[:] = pes
-        addresses = [self._heap.address_at(self._piece, pe) for pe in pes]
-        args.peer[:] = [address + region if address else 0 for address in addresses]
-        kernel.fill_call(args, plan, packets, dtype, op, 0, 0, num_bytes)
         text = f"all_reduce of {num_bytes // dtype.itemsize} x {dtype} ({op}) by '{plan}'"
-        self._calls[args.signature] = (text, plan)
-        whole, ragged = (self._function(plan, packets, dtype, op, w) for w in (True, False))
-        threads = layout.most_threads(plan)
-        resident = min(whole.resident_blocks(threads), ragged.resident_blocks(threads))
-        shape = layout.launch_shape(plan, packets, num_bytes, self._num_processors * resident)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        args, pointers = self._args(algorithm, text)
+        kernel.fill_sum(args, plan, packets, dtype, op, num_bytes)
+        whole, ragged = (self._function(algorithm, dtype, op, whole=w) for w in (True, False))
+        most = min(self._most_blocks(whole, plan), self._most_blocks(ragged, plan))
+        shape = layout.launch_shape(plan, packets, num_bytes, most, algorithm.shape)
         return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
 
+    def has_room_for(self, rows: Rows, algorithm: Algorithm) -> bool:
+        plan, packets = algorithm.plan, algorithm.packets
+        return rows.inbox_bytes(plan, packets) <= self._workspace.room_for(packets)
+
+    def prepare_rows(
+        self, rows: Rows, dtype: torch.dtype, eps: float, algorithm: Algorithm
+    ) -> Prepared:
+        """What a sum needs whose launch goes on with the residual and RMSNorm of each row (csrc/rows.cuh).
+
+        As :meth:`prepare`; there must be room for the rows. The plan of no levels does without the sum.
+        """
+        plan, packets = algorithm.plan, algorithm.packets
+        text = (
+            f"all_reduce_add_rms_norm of {rows.num_rows} rows of {rows.row_bytes} bytes ({dtype}, "
+            f"eps {eps:g}) by '{plan}'"
+        )
+        args, pointers = self._args(algorithm, text)
+        kernel.fill_rows(args, plan, packets, dtype, rows, eps)
+        function = self._function(algorithm, dtype, "sum", rows=True)
+        shared = rows.shared_bytes()
+        shape = rows.launch_shape(plan, packets, self._most_blocks(function, plan, shared))
+        return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
+
+    def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
+        """Compiles and loads what :meth:`prepare_rows` would. Local."""
+        self._function(algorithm, dtype, "sum", rows=True)
+
+    def _args(
+        self, algorithm: Algorithm, text: str
+    ) -> tuple[ctypes.Structure, ctypes.Array[ctypes.c_void_p]]:
+        args = kernel.args_type_of(algorithm.plan)()
+        args.budget_ticks = self._budget_ticks
+        args.control = self._control.data_ptr()
+        args.failure = self._failure_memory.data_ptr()
+        args.call = self._calls.setdefault((text, algorithm.plan), len(self._calls))
+        self._workspace.fill(args, algorithm.plan, algorithm.packets)
+        return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
+
+    def _most_blocks(self, function: kernel.Function, plan: Plan, shared_bytes: int = 0) -> int:
+        resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
+        return self._num_processors * resident
+
     def _function(
-        self, plan: Plan, packets: Format, dtype: torch.dtype, op: str, whole: bool
+        self,
+        algorithm: Algorithm,
+        dtype: torch.dtype,
+        op: str,
+        *,
+        whole: bool = True,
+        rows: bool = False,
     ) -> kernel.Function:
+        plan = algorithm.plan
         spec = jit.KernelSpec(
             plan,
-            packets,
+            algorithm.packets,
             dtype,
             op,
             self._arch,
-            put=self._puts(plan),
+            put=self._workspace.puts(plan),
             whole=whole,
+            rows=rows,
             args_bytes=ctypes.sizeof(kernel.args_type_of(plan)),
         )
         if spec not in self._functions:
@@ -200,55 +231,18 @@ class GpuExecutor:
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]
 
-    def _puts(self, plan: Plan) -> tuple[bool, ...]:
-        """By level, whether any member is out of reach of plain stores."""
-        if self._transport == "put":
-            return (True,) * len(plan.levels)
-        return tuple(
-            not all(
-                self._mapped[self._topology.rank_at(p)] for p in plan.members(self._position, i)
-            )
-            for i in range(len(plan.levels))
-        )
+    def failed_call(self) -> tuple[str, Plan]:
+        """The call that a kernel left word of, in words, and its plan."""
+        index: int = self.failure.call
+        return list(self._calls)[index]
 
-    def call_of(self, signature: int) -> tuple[str, Plan]:
-        """The call that a kernel reported by its signature, in words, and its plan."""
-        return self._calls[signature]
+    def epoch(self) -> int:
+        """The epoch of the next launch. Waits for those under way."""
+        torch.cuda.synchronize(self.device)
+        return int(self._control[0].item()) & 0xFFFFFFFF
 
     def close(self) -> None:
         """Local. The workspace is given back unless a call went wrong: then packets may still come in."""
         torch.cuda.synchronize(self.device)
         if self.failure.kind == 0:
-            self._heap.release(self._piece)
-
-
-def _transport_option() -> str:
-    chosen = os.environ.get("NVRAR_TRANSPORT") or "auto"
-    if chosen not in TRANSPORTS:
-        raise ArgumentError(f"NVRAR_TRANSPORT is {chosen!r}; it must be {', '.join(TRANSPORTS)}")
-    return chosen
-
-
-def _links_keep_lines(pes: list[int]) -> bool:
-    """Whether the GPUs of this process are joined by NVLink rather than PCIe, as far as CUDA says."""
-    if len(pes) == 1:
-        return True
-    here = torch.cuda.current_device()
-    others = [d for d in range(torch.cuda.device_count()) if d != here]
-    if not others:  # one visible GPU a process: the peers may be behind PCIe, which tears lines
-        return False
-    from cuda.bindings import runtime
-
-    attribute = runtime.cudaDeviceP2PAttr.cudaDevP2PAttrNativeAtomicSupported
-    answers = [runtime.cudaDeviceGetP2PAttribute(attribute, here, d) for d in others]
-    return all(int(status) == 0 and supported for status, supported in answers)
-
-
-def _largest(algorithms: dict[Algorithm, int], packets: Format) -> int:
-    """Bytes of one parity's inbox that covers every algorithm of a format."""
-    needs = [
-        layout.inbox_bytes(a.plan, packets, num_bytes)
-        for a, num_bytes in algorithms.items()
-        if a.packets is packets
-    ]
-    return -(-max(needs, default=0) // heap.GRANULE) * heap.GRANULE
+            self._workspace.release()

@@ -13,8 +13,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nvrar.errors import NvrarError
-from nvrar.sideband import exchange_values
+from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
+from nvrar.sideband import exchange_values, stay_out, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 DEFAULT_ARENA_BYTES = 512 << 20
 GRANULE = 1024  # pieces start at multiples of it, so that every packet is aligned
 _INITIALISED = 2  # NVSHMEM_STATUS_IS_INITIALIZED; higher values say more
-
-
-class GpuUnavailable(NvrarError):
-    """What the GPU executor needs is not here; the message says what, and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +62,21 @@ class Heap:
             )
         self._taken.add((offset, offset + num_bytes))
         piece = Piece(offset, num_bytes, self._address + offset)
-        _zero(piece.address, num_bytes)
         # Nobody may write into a piece before its owner has zeroed it.
-        exchange_values(group, "heap zeroed", True, timeout_s)
+        together(group, "heap zeroed", lambda: _zero(piece.address, num_bytes), timeout_s)
         return piece
 
     def release(self, piece: Piece) -> None:
         """Gives the piece back; local. Nothing may be on its way into it any more."""
         self._taken.discard((piece.offset, piece.offset + piece.num_bytes))
+
+    def finish_puts(self) -> None:
+        """Waits until all puts of this rank are complete at both ends."""
+        import torch
+
+        stream = torch.cuda.current_stream()
+        self._nvshmem.quiet_on_stream(stream.cuda_stream)
+        stream.synchronize()
 
     def is_mapped(self, pe: int) -> bool:
         """Whether plain loads and stores reach the memory of ``pe``."""
@@ -94,54 +97,80 @@ def first_gap(taken: list[tuple[int, int]], num_bytes: int, limit: int) -> int |
     return offset if offset + num_bytes <= limit else None
 
 
-# NVSHMEM is one per process; so is this.
-_heap: Heap | None = None
+# NVSHMEM is one per process; so is this: the arena, or why there is none.
+_opened: Heap | str | None = None
+_PURPOSE = "nvshmem"
 
 
-def open_heap(timeout_s: float) -> Heap:
+def open_heap(missing: str, timeout_s: float) -> Heap:
     """The arena. The first call is collective over the default process group, whichever group asks.
 
+    ``missing`` is what keeps this rank from having one, if anything does: then the others are told.
+
     Raises:
-        GpuUnavailable: NVSHMEM's Python package is missing, or it was initialised for other ranks.
+        GpuUnavailable: a rank of the default group lacks what it takes; on every rank, and in every
+            later call.
+        ArgumentError: NVRAR_HEAP_BYTES is no number; DisagreementError on the others.
         PeerTimeout: a rank of the default group did not come.
     """
-    global _heap
-    if _heap is None:
-        _heap = _open(timeout_s)
-    return _heap
+    global _opened
+    if _opened is None:
+        try:
+            _opened = _open(missing, timeout_s)
+        except GpuUnavailable as error:
+            _opened = str(error)  # the error itself would keep alive whoever was on the stack
+    if isinstance(_opened, str):
+        raise GpuUnavailable(_opened)
+    return _opened
 
 
-def _open(timeout_s: float) -> Heap:
+def _open(missing: str, timeout_s: float) -> Heap:
     import torch.distributed as dist
 
-    nvshmem = _bindings()
     world = dist.group.WORLD
     assert world is not None
-    arena_bytes = int(os.environ.get("NVRAR_HEAP_BYTES") or DEFAULT_ARENA_BYTES)
-    ready = nvshmem.init_status() >= _INITIALISED
-    offer = {"arena": arena_bytes, "ready": ready, "id": None}
-    if world.rank() == 0 and not ready:
-        offer["id"] = _new_unique_id(nvshmem)
-    offers = exchange_values(world, "nvshmem", offer, timeout_s)
+    if missing:
+        stay_out(world, _PURPOSE, missing)
+        raise GpuUnavailable(missing)
+    offers = together(world, _PURPOSE, lambda: _offer(world.rank()), timeout_s)
     if len({o["ready"] for o in offers}) > 1 or len({o["arena"] for o in offers}) > 1:
         raise GpuUnavailable(
             "ranks differ in NVRAR_HEAP_BYTES, or NVSHMEM was initialised by another library on some of "
             "them only; make that the same on all ranks of the default group"
         )
-    if not ready:
-        _initialise(nvshmem, world.rank(), world.size(), offers[0]["id"])
-    if nvshmem.n_pes() != world.size():
-        raise GpuUnavailable(
-            f"NVSHMEM was initialised by another library for {nvshmem.n_pes()} ranks, and the default "
-            f"process group has {world.size()}; initialise nvrar first, or with the same ranks"
-        )
-    address = nvshmem.align(GRANULE, arena_bytes)
-    if not address:
-        raise GpuUnavailable(
-            f"NVSHMEM has no {arena_bytes} bytes of symmetric memory left; lower NVRAR_HEAP_BYTES or "
-            "raise NVSHMEM_SYMMETRIC_SIZE"
-        )
-    return Heap(address, arena_bytes)
+
+    def take_arena() -> int:
+        nvshmem = _bindings()
+        if not offers[0]["ready"]:
+            _initialise(nvshmem, world.rank(), world.size(), offers[0]["id"])
+        if nvshmem.n_pes() != world.size():
+            raise GpuUnavailable(
+                f"NVSHMEM was initialised by another library for {nvshmem.n_pes()} ranks, and the default "
+                f"process group has {world.size()}; initialise nvrar first, or with the same ranks"
+            )
+        address: int = nvshmem.align(GRANULE, offers[0]["arena"])
+        if not address:
+            raise GpuUnavailable(
+                f"NVSHMEM has no {offers[0]['arena']} bytes of symmetric memory left; lower "
+                "NVRAR_HEAP_BYTES or raise NVSHMEM_SYMMETRIC_SIZE"
+            )
+        return address
+
+    addresses = together(world, "nvshmem arena", take_arena, timeout_s)
+    return Heap(addresses[world.rank()], offers[0]["arena"])
+
+
+def _offer(rank: int) -> dict[str, Any]:
+    import torch
+
+    torch.zeros(1, device="cuda")  # makes the context that NVSHMEM will live in
+    nvshmem = _bindings()
+    given = os.environ.get("NVRAR_HEAP_BYTES") or str(DEFAULT_ARENA_BYTES)
+    if not given.isdecimal() or int(given) == 0:
+        raise ArgumentError(f"NVRAR_HEAP_BYTES is {given!r}; it must be a number of bytes above 0")
+    ready = nvshmem.init_status() >= _INITIALISED
+    unique_id = _new_unique_id(nvshmem) if rank == 0 and not ready else None
+    return {"arena": int(given), "ready": ready, "id": unique_id}
 
 
 def _bindings() -> Any:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nvrar.errors import NvrarError
+from nvrar.errors import GpuUnavailable
 from nvrar.gpu.layout import Format, most_threads
 from nvrar.plan import Plan
 
@@ -40,7 +40,7 @@ _SOURCES = Path(__file__).parent / "csrc"
 _DIGEST_BYTES = 32  # a cache entry is the digest of what follows, then the cubin
 
 
-class CompileError(NvrarError):
+class CompileError(GpuUnavailable):
     """The kernel does not compile on this machine; the compiler's log is in the message."""
 
 
@@ -57,6 +57,7 @@ class KernelSpec:
     virtual: bool = False  # all ranks in one launch, args in a table indexed by blockIdx.y
     jitter_ns: int = 0  # random delays in front of sends, for tests
     whole: bool = True  # tensors start and end at multiples of packets.align_bytes
+    rows: bool = False  # the sum, then residual and RMSNorm (csrc/rows.cuh); whole, op sum
     args_bytes: int = 0  # what the host thinks the kernel's argument takes
 
     @property
@@ -75,10 +76,12 @@ class KernelSpec:
         if self.jitter_ns:
             defines.append(f"#define NVRAR_JITTER_NS {self.jitter_ns}")
         threads = most_threads(self.plan)
-        kernel = (
-            f"nvrar::all_reduce<nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}, "
-            f"nvrar::{OPS[self.op]}, {str(self.whole).lower()}>"
-        )
+        types = f"nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}"
+        if self.rows:
+            kernel = f"nvrar::all_reduce_add_rms_norm<{types}>"
+        else:
+            whole = str(self.whole).lower()
+            kernel = f"nvrar::all_reduce<{types}, nvrar::{OPS[self.op]}, {whole}>"
         parameter, argument = (
             ("const nvrar::Args<P>* table", "table[blockIdx.y]")
             if self.virtual
@@ -87,7 +90,7 @@ class KernelSpec:
         return "\n".join(
             [
                 *defines,
-                '#include "all_reduce.cuh"',
+                f'#include "{"rows" if self.rows else "all_reduce"}.cuh"',
                 f"using P = nvrar::Plan<{levels}>;",
                 f"static_assert(sizeof(nvrar::Args<P>) == {self.args_bytes}, "
                 '"nvrar/gpu/kernel.py packs the arguments differently");',
@@ -145,8 +148,9 @@ def _sources_digest() -> str:
 
 @cache
 def _versions(with_nvshmem: bool) -> tuple[str, ...]:
-    names = ["cuda-core", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"]
-    names += ["nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12"] if with_nvshmem else []
+    stems = ["nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
+    stems += ["nvidia-nvjitlink", "nvidia-nvshmem"] if with_nvshmem else []
+    names = ["cuda-core", *(stem + end for stem in stems for end in ("", "-cu13", "-cu12"))]
     found = []
     for name in names:
         try:
@@ -177,11 +181,15 @@ def _publish(path: Path, code: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
         log.warning(
             "compiled kernels cannot be kept in %s (%s): every process compiles its own; set "

@@ -10,10 +10,23 @@ from typing import Any
 import torch
 
 from nvrar.errors import NvrarError
-from nvrar.gpu.layout import Format, LaunchShape, num_units
+from nvrar.gpu.layout import Format, LaunchShape, Rows, num_units
 from nvrar.plan import Plan
 
 _MOST_TICKS = 2**31 - 1  # deadlines are compared as signed differences; about 26 days
+
+
+class Norm(ctypes.Structure):
+    """``Norm`` of csrc/wait.cuh."""
+
+    _fields_ = (
+        ("residual", ctypes.c_uint64),
+        ("residual_out", ctypes.c_uint64),
+        ("weight", ctypes.c_uint64),
+        ("row_bytes", ctypes.c_uint32),
+        ("row_units", ctypes.c_uint32),
+        ("eps", ctypes.c_float),
+    )
 
 
 @lru_cache(maxsize=256)
@@ -33,9 +46,11 @@ def args_type(num_levels: int, num_peers: int) -> type[ctypes.Structure]:
             ("budget_ticks", ctypes.c_uint32),
             ("num_units", ctypes.c_uint32),
             ("signature", ctypes.c_uint32),
-            ("digit", ctypes.c_uint32 * num_levels),
-            ("pe", ctypes.c_uint32 * num_peers),
-            ("peer", ctypes.c_uint64 * num_peers),
+            ("call", ctypes.c_uint32),
+            ("digit", ctypes.c_uint32 * (num_levels + 1)),
+            ("pe", ctypes.c_uint32 * (num_peers + 1)),
+            ("peer", ctypes.c_uint64 * (num_peers + 1)),
+            ("norm", Norm),
         )
 
     return Args
@@ -50,7 +65,7 @@ class Failure(ctypes.Structure):
     another call."""
 
     _fields_ = tuple(
-        (name, ctypes.c_uint32) for name in ("kind", "level", "digit", "epoch", "signature")
+        (name, ctypes.c_uint32) for name in ("kind", "level", "digit", "epoch", "call")
     )
 
 
@@ -59,28 +74,29 @@ def budget_ticks(budget_s: float) -> int:
     return min(max(1, int(budget_s * 1e9) >> 20), _MOST_TICKS)
 
 
-def signature(plan: Plan, packets: Format, dtype: torch.dtype, op: str, num_bytes: int) -> int:
+def _signature(*call: object) -> int:
     """16 bits that tell calls apart; they travel with every packet."""
-    text = f"{plan} {packets.name} {dtype} {op} {num_bytes}"
-    return zlib.crc32(text.encode()) & 0xFFFF
+    return zlib.crc32(" ".join(map(str, call)).encode()) & 0xFFFF
 
 
-def fill_call(
-    args: ctypes.Structure,
-    plan: Plan,
-    packets: Format,
-    dtype: torch.dtype,
-    op: str,
-    in_address: int,
-    out_address: int,
-    num_bytes: int,
+def fill_sum(
+    args: ctypes.Structure, plan: Plan, packets: Format, dtype: torch.dtype, op: str, num_bytes: int
 ) -> None:
-    """Sets what differs from call to call."""
-    args.in_ = in_address
-    args.out = out_address
+    """Sets what an all-reduce of ``num_bytes`` is, apart from its addresses."""
     args.num_bytes = num_bytes
     args.num_units = num_units(plan, packets, num_bytes)
-    args.signature = signature(plan, packets, dtype, op, num_bytes)
+    args.signature = _signature(plan, packets.name, dtype, op, num_bytes)
+
+
+def fill_rows(
+    args: ctypes.Structure, plan: Plan, packets: Format, dtype: torch.dtype, rows: Rows, eps: float
+) -> None:
+    """Sets what a sum with residual and RMSNorm is, apart from its addresses."""
+    units = rows.units_of_row(plan, packets)
+    args.num_bytes = rows.num_rows * rows.row_bytes
+    args.num_units = rows.num_rows * units
+    args.norm.row_bytes, args.norm.row_units, args.norm.eps = rows.row_bytes, units, eps
+    args.signature = _signature(plan, packets.name, dtype, rows, eps)
 
 
 class Function:
@@ -93,7 +109,7 @@ class Function:
         self._launch = driver.cuLaunchKernelEx
         self._handle = driver.CUfunction(handle)
 
-    def resident_blocks(self, threads: int) -> int:
+    def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
         """Blocks of so many threads that a multiprocessor holds at once."""
         # The handle is a CUkernel, which launches take for a CUfunction and this query does not.
         status, function = self._driver.cuKernelGetFunction(
@@ -101,13 +117,18 @@ class Function:
         )
         _check(status, "looking up a kernel")
         status, blocks = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
-            function, threads, 0
+            function, threads, shared_bytes
         )
         _check(status, "asking for the occupancy of a kernel")
         return max(1, int(blocks))
 
     def config(
-        self, shape: LaunchShape, stream: int, ranks: int = 1, overlaps: bool = False
+        self,
+        shape: LaunchShape,
+        stream: int,
+        ranks: int = 1,
+        overlaps: bool = False,
+        shared_bytes: int = 0,
     ) -> Any:
         """How to launch: made once, used for every launch of this shape on this stream.
 
@@ -117,7 +138,7 @@ class Function:
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = shape.blocks, ranks, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
-        config.hStream = self._driver.CUstream(stream)
+        config.hStream, config.sharedMemBytes = self._driver.CUstream(stream), shared_bytes
         if overlaps:
             attribute = self._driver.CUlaunchAttribute()
             ids = self._driver.CUlaunchAttributeID

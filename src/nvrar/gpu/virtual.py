@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from nvrar.errors import PeerTimeout
 from nvrar.gpu import jit, kernel, layout
-from nvrar.gpu.layout import Format, LaunchShape
+from nvrar.gpu.layout import Format, LaunchShape, Rows
 from nvrar.plan import Plan
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of all ranks, on the device; ``whole`` tells which kernel they are for."""
+    """The arguments of all ranks, on the device, and the kernel they are for."""
 
     table: Tensor
-    num_bytes: int
-    whole: bool
+    function: kernel.Function
+    shape: LaunchShape
+    shared_bytes: int = 0
 
 
 class VirtualCluster:
@@ -63,30 +64,19 @@ class VirtualCluster:
         self._control = torch.zeros(self.num_ranks, 4, dtype=torch.int32, device=device)
         self._control[:, 0] = first_epoch if first_epoch < 1 << 31 else first_epoch - (1 << 32)
         self._failure = torch.zeros(self.num_ranks, 5, dtype=torch.int32).pin_memory()
-        specs = [
-            jit.KernelSpec(
-                plan,
-                packets,
-                dtype,
-                op,
-                f"sm_{properties.major}{properties.minor}",
-                virtual=True,
-                jitter_ns=jitter_ns,
-                whole=whole,
-                args_bytes=ctypes.sizeof(self._args_type),
-            )
-            for whole in (False, True)
-        ]
-        self._libraries = [jit.load(spec) for spec in specs]
-        self._functions = [
-            kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
-            for library in self._libraries
-        ]
-        # All blocks of all ranks must be on the device at once: they wait for each other.
-        threads = layout.most_threads(plan)
-        resident = min(f.resident_blocks(threads) for f in self._functions)
-        resident *= properties.multi_processor_count
-        self.most_blocks = max(1, resident // self.num_ranks)
+        self._spec = jit.KernelSpec(
+            plan,
+            packets,
+            dtype,
+            op,
+            f"sm_{properties.major}{properties.minor}",
+            virtual=True,
+            jitter_ns=jitter_ns,
+            args_bytes=ctypes.sizeof(self._args_type),
+        )
+        self._num_processors = properties.multi_processor_count
+        self._libraries: list[object] = []
+        self._functions: dict[jit.KernelSpec, kernel.Function] = {}
         self._table = [self._rank_args(r, budget_s) for r in range(self.num_ranks)]
 
     def _inbox_of(self, position: int) -> int:
@@ -100,34 +90,73 @@ class VirtualCluster:
         args.parity_bytes = self._parity_bytes
         args.control = self._control[position].data_ptr()
         args.failure = self._failure[position].data_ptr()
-        args.digit[:] = self.plan.digits(position)
         levels = range(len(self.plan.levels))
+        args.digit[: len(levels)] = self.plan.digits(position)
         peers = [p for i in levels for p in self.plan.members(position, i)]
-        args.peer[:] = [self._inbox_of(p) for p in peers]
+        args.peer[: len(peers)] = [self._inbox_of(p) for p in peers]
         return args
 
+    def _function(self, *, whole: bool = True, rows: bool = False) -> kernel.Function:
+        spec = replace(self._spec, whole=whole, rows=rows)
+        if spec not in self._functions:
+            library = jit.load(spec)
+            self._libraries.append(library)
+            self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
+        return self._functions[spec]
+
+    def _most_blocks(self, function: kernel.Function, shared_bytes: int = 0) -> int:
+        # All blocks of all ranks must be on the device at once: they wait for each other.
+        resident = function.resident_blocks(layout.most_threads(self.plan), shared_bytes)
+        return max(1, resident * self._num_processors // self.num_ranks)
+
     def prepare(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Call:
-        """One call on these tensors, ready to launch as often as wanted."""
+        """One all-reduce of these tensors, ready to launch as often as wanted."""
         whole = True
         for args, x, out in zip(self._table, inputs, outputs, strict=True):
-            kernel.fill_call(
-                args, self.plan, self.packets, self.dtype, self.op,
-                x.data_ptr(), out.data_ptr(), x.nbytes,
-            )  # fmt: skip
+            args.in_, args.out = x.data_ptr(), out.data_ptr()
+            kernel.fill_sum(args, self.plan, self.packets, self.dtype, self.op, x.nbytes)
             whole &= (args.in_ | args.out | args.num_bytes) % self.packets.align_bytes == 0
+        function = self._function(whole=whole)
+        most = self._most_blocks(function)
+        shape = layout.launch_shape(self.plan, self.packets, inputs[0].nbytes, most)
+        return Call(self._packed_table(), function, shape)
+
+    def prepare_rows(
+        self,
+        inputs: Sequence[Tensor],
+        residuals: Sequence[Tensor],
+        weight: Tensor,
+        eps: float,
+        outputs: Sequence[Tensor],
+        residuals_out: Sequence[Tensor],
+    ) -> Call:
+        """The same with residual and RMSNorm (csrc/rows.cuh), of tensors ``[..., hidden]``."""
+        hidden = weight.numel()
+        rows = Rows(inputs[0].numel() // hidden, hidden * weight.element_size())
+        tensors = zip(inputs, residuals, outputs, residuals_out, strict=True)
+        for args, (x, residual, out, residual_out) in zip(self._table, tensors, strict=True):
+            args.in_, args.out = x.data_ptr(), out.data_ptr()
+            args.norm.residual = residual.data_ptr()
+            args.norm.residual_out = residual_out.data_ptr()
+            args.norm.weight = weight.data_ptr()
+            kernel.fill_rows(args, self.plan, self.packets, self.dtype, rows, eps)
+        function, shared = self._function(rows=True), rows.shared_bytes()
+        shape = rows.launch_shape(self.plan, self.packets, self._most_blocks(function, shared))
+        return Call(self._packed_table(), function, shape, shared)
+
+    def _packed_table(self) -> Tensor:
         packed = b"".join(bytes(args) for args in self._table)
-        table = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self._inbox.device)
-        return Call(table, inputs[0].nbytes, whole)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(self._inbox.device)
 
     def launch(self, call: Call, shape: LaunchShape | None = None) -> None:
-        """One all-reduce of all ranks on the current stream; capturable."""
-        if shape is None:
-            shape = layout.launch_shape(self.plan, self.packets, call.num_bytes, self.most_blocks)
-        function = self._functions[call.whole]
+        """One call of all ranks on the current stream; capturable."""
         table = ctypes.c_uint64(call.table.data_ptr())
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(table))
         stream = torch.cuda.current_stream().cuda_stream
-        function.launch(function.config(shape, stream, self.num_ranks), ctypes.addressof(pointers))
+        config = call.function.config(
+            shape or call.shape, stream, self.num_ranks, shared_bytes=call.shared_bytes
+        )
+        call.function.launch(config, ctypes.addressof(pointers))
 
     def all_reduce(
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor] | None = None

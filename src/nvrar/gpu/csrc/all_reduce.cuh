@@ -9,7 +9,7 @@ namespace nvrar {
 
 template <class Packet, class Type, class Op, bool kWhole, class Plan>
 inline void all_reduce(const Args<Plan>& args) {
-    using Columns = Column<Plan, Packet, Type, Op, kWhole>;
+    using Columns = Column<Plan, Packet, Type, Op, Flat<Plan, Packet, Type, kWhole>>;
     const u32 lane = threadIdx.x / Packet::kThreads;
     const u32 first = blockIdx.x * (blockDim.x / Packet::kThreads) + lane;
     const u32 step = gridDim.x * (blockDim.x / Packet::kThreads);
@@ -18,7 +18,7 @@ inline void all_reduce(const Args<Plan>& args) {
 
     wait_for_previous_kernel();
     Columns column(args);
-    column.go_to(first);
+    column.go_to(first, args.num_units);
     typename Columns::Ahead input;
     if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
     const Entry entry = enter(args.control);
@@ -30,12 +30,12 @@ inline void all_reduce(const Args<Plan>& args) {
 #pragma unroll 1
     for (u32 unit = Columns::kLoadsAhead ? first + step : first; unit - ahead < args.num_units;
          unit += step) {
-        column.go_to(unit);
+        column.go_to(unit, args.num_units);
         column.send_input();
     }
 #pragma unroll 1
     for (u32 unit = first; unit - ahead < args.num_units; unit += step) {
-        column.go_to(unit);
+        column.go_to(unit, args.num_units);
         column.finish();
     }
     column.conclude(first, step);

@@ -3,8 +3,6 @@
 #pragma once
 
 #include "message.cuh"
-#include "types.cuh"
-#include "wait.cuh"
 
 #ifdef NVRAR_PUT
 #include "put.cuh"
@@ -32,10 +30,10 @@ struct Registers {
     }
 };
 
-template <class Plan, class Packet, class Type, class Op, bool kWhole>
+// Tensor says where the message is and what becomes of its sum: Flat or Rows.
+template <class Plan, class Packet, class Type, class Op, class Tensor>
 class Column {
     using Payload = typename Packet::Payload;
-    using Tensor = Message<Packet, Type, kWhole>;
 
   public:
     // The input of a column, if it is small enough to be held while the epoch is on its way.
@@ -45,7 +43,7 @@ class Column {
     // Packets of so many peers are looked at together, so that their loads are in flight at the same time.
     static constexpr int most_looks(int own_parts) { return Packet::kWords == 1 ? 8 : own_parts > 1 ? 2 : 4; }
 
-    explicit Column(const Args<Plan>& args) : args_(args) {}
+    explicit Column(const Args<Plan>& args) : args_(args), tensor_(args) {}
 
     void enter(const Entry& entry) {
         flag_ = {entry.epoch, args_.signature};
@@ -53,12 +51,15 @@ class Column {
         ok_ = !entry.broken;
     }
 
-    // Columns are taken one after the other. In a kernel that puts, all threads of a block take the same
-    // number, and those beyond the last column only keep step.
-    void go_to(u32 unit) {
+    // Columns are taken one after the other, up to `end`. In a kernel that puts, all threads of a block take
+    // the same number, and those beyond the last column only keep step.
+    void go_to(u32 unit, u32 end) {
         unit_ = unit;
-        live_ = unit < args_.num_units;
+        end_ = end;
+        live_ = unit < end;
     }
+    Tensor& tensor() { return tensor_; }
+    bool ok() const { return ok_; }
 
     void load_ahead(Ahead& input) const {
 #pragma unroll
@@ -67,19 +68,30 @@ class Column {
 
     // Sends the input to the peers of the first level. Separate, so that all columns of a thread are on
     // their way before it waits for the first.
-    void send_input(const Ahead& input) { send<0>(input); }
-    void send_input() { send<0>(Whole{*this}); }
+    void send_input(const Ahead& input) {
+        if constexpr (Plan::kNumLevels > 0) send<0>(input);
+    }
+    void send_input() {
+        if constexpr (Plan::kNumLevels > 0) send<0>(Whole{*this});
+    }
 
     void finish() {
+        tensor_.fetch(unit_, live_);
         Whole message{*this};
-        descend<0>(message);
+        if constexpr (Plan::kNumLevels > 0)
+            descend<0>(message);
+        else
+            message.set(0, message.get(0));
     }
 
     // After the last column. Nothing that looks like a result may stand where the result is not to be had:
     // poisons this thread's columns from the failed one on, `step` apart, the first being `first`.
     void conclude(u32 first, u32 step) const {
-        if (!ok_)
-            give_up(args_, flag_.epoch, failed_level_, failed_, failed_unit_ ? failed_unit_ : first, step);
+        if (!ok_) give_up(first, step);
+    }
+    // Leaves word of the failure, if there was one on this thread.
+    void leave_word() const {
+        if (!ok_) report(args_, flag_.epoch, failed_level_, failed_);
     }
 
   private:
@@ -189,8 +201,8 @@ class Column {
         if constexpr (Plan::transport(I) == Transport::kPut) {
             const int digit = args_.digit[I];
             const u32 first_unit = unit_ - threadIdx.x / Packet::kThreads;
-            if (first_unit >= args_.num_units) return;
-            const u32 most = blockDim.x / Packet::kThreads, left = args_.num_units - first_unit;
+            if (first_unit >= end_) return;
+            const u32 most = blockDim.x / Packet::kThreads, left = end_ - first_unit;
             const u64 num_bytes = u64(left < most ? left : most) * Packet::kSlotBytes;
             __syncthreads();  // the block's packets are packed; one put may take them all
             for (int i = 1; i < Plan::radix(I); i++) {
@@ -299,21 +311,18 @@ class Column {
                Packet::slot_offset(threadIdx.x % Packet::kThreads);
     }
 
-    static void give_up(const Args<Plan>& args, u32 epoch, u32 level, Found found, u32 unit, u32 step) {
-        report(args, epoch, level, found);
+    void give_up(u32 first, u32 step) const {
+        leave_word();
         Payload value;
         for (u64& word : value.word) word = Type::kPoison;
-        for (; unit < args.num_units; unit += step)
-            for (u32 part = 0; part < Plan::kParts; part++)
-                Tensor::store(args.out, u64(part) * args.num_units + unit, args.num_bytes, value);
+        for (u32 unit = failed_unit_ ? failed_unit_ : first; unit < args_.num_units; unit += step)
+            for (u32 part = 0; part < Plan::kParts; part++) tensor_.store(part, unit, value);
     }
 
-    u64 place(int part) const { return u64(part) * args_.num_units + unit_; }
-
-    Payload load(int part) const { return Tensor::load(args_.in, place(part), live_ ? args_.num_bytes : 0); }
+    Payload load(int part) const { return tensor_.load(part, unit_, live_); }
 
     void store(int part, const Payload& value) const {
-        if (live_ && ok_) Tensor::store(args_.out, place(part), args_.num_bytes, value);
+        if (live_ && ok_) tensor_.store(part, unit_, value);
     }
 
     // Tests ask for random delays in front of every send, to meet as many interleavings as they can.
@@ -332,9 +341,11 @@ class Column {
     }
 
     const Args<Plan>& args_;
+    Tensor tensor_;
     Flag flag_ = {};
     u64 parity_ = 0;
     u32 unit_ = 0;
+    u32 end_ = 0;
     bool live_ = true;
     bool ok_ = true;  // false from the first wait that failed on; from then on nothing is sent or stored
     u32 failed_level_ = 0;

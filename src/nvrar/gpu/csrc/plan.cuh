@@ -23,18 +23,18 @@ struct Level {
 // one from the input to the output alone, in registers, with no synchronisation between threads.
 template <class... Levels>
 struct Plan {
-    static constexpr int kNumLevels = sizeof...(Levels);
+    static constexpr int kNumLevels = sizeof...(Levels);  // none for one rank; hence the ends of the tables
 
     static constexpr Mode mode(int level) {
-        constexpr Mode modes[] = {Levels::kMode...};
+        constexpr Mode modes[] = {Levels::kMode..., Mode::kExchange};
         return modes[level];
     }
     static constexpr int radix(int level) {
-        constexpr int radices[] = {Levels::kRadix...};
+        constexpr int radices[] = {Levels::kRadix..., 1};
         return radices[level];
     }
     static constexpr Transport transport(int level) {
-        constexpr Transport transports[] = {Levels::kTransport...};
+        constexpr Transport transports[] = {Levels::kTransport..., Transport::kDirect};
         return transports[level];
     }
     static constexpr bool uses(Transport transport) { return ((Levels::kTransport == transport) || ...); }

@@ -20,7 +20,17 @@ struct Failure {
     u32 level;
     u32 digit;  // of the peer
     u32 epoch;
-    u32 signature;  // of the call that failed
+    u32 call;  // the host's number for what was called
+};
+
+// What follows the sum in the same launch: the residual is added and the rows are normalised (rows.cuh).
+struct Norm {
+    const char* residual;
+    char* residual_out;
+    const char* weight;
+    u32 row_bytes;
+    u32 row_units;  // units of a part in a row
+    float eps;
 };
 
 template <class Plan>
@@ -36,9 +46,11 @@ struct Args {
     u32 budget_ticks;  // of every wait
     u32 num_units;
     u32 signature;
-    u32 digit[Plan::kNumLevels];
-    u32 pe[Plan::kNumPeers];
-    char* peer[Plan::kNumPeers];  // their inboxes as this rank addresses them
+    u32 call;
+    u32 digit[Plan::kNumLevels + 1];  // no array may be empty
+    u32 pe[Plan::kNumPeers + 1];
+    char* peer[Plan::kNumPeers + 1];  // their inboxes as this rank addresses them
+    Norm norm;
 };
 
 // 0 is what fresh memory holds, so it is no epoch; the first after 2^32 - 1, which is odd, is 2, so that
@@ -112,12 +124,12 @@ inline bool wait_for(const Args<Plan>& args, Found& found, Look look) {
         found = {Arrival::kFresh, 0};
         look(found);
         if (Packet::all(found.arrival == Arrival::kFresh)) return true;
-        bool over = found.arrival == Arrival::kForeign;
-        if (looks % 256 == 0) {
-            const u32 now = now_ticks();
-            if (looks == 256) deadline = now + args.budget_ticks;
-            over |= int(now - deadline) >= 0 || *reinterpret_cast<volatile u32*>(&args.control->broken);
-        }
+        if (looks % 256 != 0) continue;
+        const u32 now = now_ticks();
+        if (deadline == 0) deadline = (now + args.budget_ticks) | 1;
+        // Only now and then: a packet that is half there may look foreign for a moment.
+        const bool over = found.arrival == Arrival::kForeign || int(now - deadline) >= 0 ||
+                          *reinterpret_cast<volatile u32*>(&args.control->broken);
         if (Packet::any(over)) return false;
     }
 }
@@ -130,7 +142,7 @@ inline void report(const Args<Plan>& args, u32 epoch, u32 level, Found found) {
     failure->level = level;
     failure->digit = found.digit;
     failure->epoch = epoch;
-    failure->signature = args.signature;
+    failure->call = args.call;
     __threadfence_system();
     failure->kind = 1 + u32(found.arrival);  // written last: 0 is "nothing happened"
 }

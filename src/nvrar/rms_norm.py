@@ -1,0 +1,102 @@
+"""What a transformer layer does after its all-reduce: add the residual, normalise each row (RMSNorm).
+
+The operation as one definition for all executors: :func:`add_rms_norm` is the specification in torch, and
+the GPU kernel (gpu/csrc/rows.cuh) gives its bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvrar.arguments import refusal_of_call
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WORD_BYTES = 8  # whose squares are added first
+_LANES = 32
+_LANE_WORDS = 4
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``h = x + residual`` and ``h / sqrt(mean(h * h) + eps) * weight``, as ``(normalised, h)``.
+
+    x, residual: ``[..., hidden]`` of one floating type; weight: ``[hidden]``. fp32 inside, rounded to the
+    type after the addition, after the division and after the weight, as transformers' LlamaRMSNorm does.
+    The squares are added in one documented order, so that the result has the same bits wherever it is
+    computed: of each 8 bytes in turn; of 1 KB by 32 lanes, 32 bytes each in turn, then the halves of the
+    lanes, and of halves; then the KBs by 32 lanes in turn, then halves.
+    """
+    h = (x.float() + residual.float()).to(x.dtype)
+    wide = h.float()
+    # By a tensor: by a number, torch on a GPU multiplies with the inverse, which is another result.
+    mean = _sum_of_squares(wide, _WORD_BYTES // x.element_size()) / wide.new_full((), x.shape[-1])
+    scale = 1.0 / torch.sqrt(mean + eps)
+    normed = (wide * scale.unsqueeze(-1)).to(x.dtype).float()
+    return (normed * weight.float()).to(x.dtype), h
+
+
+def _sum_of_squares(wide: Tensor, per_word: int) -> Tensor:
+    """fp32 ``[..., hidden]`` to ``[...]``. Zeros fill up what is short; adding them changes nothing."""
+    words = _add_in_turn(_cut(wide * wide, per_word))
+    lanes = _add_in_turn(_cut(words, _LANE_WORDS))
+    slices = _add_halves(_cut(lanes, _LANES))
+    turns = _cut(slices, _LANES)
+    return _add_halves(_add_in_turn(turns.transpose(-1, -2)))
+
+
+def _cut(x: Tensor, length: int) -> Tensor:
+    padded = F.pad(x, (0, -x.shape[-1] % length))
+    return padded.view(*padded.shape[:-1], -1, length)
+
+
+def _add_in_turn(x: Tensor) -> Tensor:
+    total = x[..., 0]
+    for i in range(1, x.shape[-1]):
+        total = total + x[..., i]
+    return total
+
+
+def _add_halves(x: Tensor) -> Tensor:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def refusal_of_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    residual_out: Tensor | None,
+) -> str:
+    """Why a call cannot work with what it was given; empty if it can."""
+    refusal = refusal_of_call(x, out, "sum")
+    if refusal:
+        return refusal
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; all_reduce_add_rms_norm takes {', '.join(map(str, DTYPES))}"
+    if x.dim() == 0:
+        return "x has no dimension; it must be [..., hidden]"
+    for name, other, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[-1:])):
+        if not isinstance(other, torch.Tensor):
+            return f"{name} is {type(other).__name__}, not a torch.Tensor"
+        found = (other.shape, other.dtype, other.device)
+        if found != (shape, x.dtype, x.device):
+            return (
+                f"{name} is {found[1]} {tuple(found[0])} on {found[2]}; with x {tuple(x.shape)} it must be "
+                f"{x.dtype} {tuple(shape)} on {x.device}"
+            )
+    if not isinstance(eps, float) or not 0 <= eps < math.inf:
+        return f"eps is {eps!r}; it must be a float, 0 or more"
+    if residual_out is not None:
+        refusal = refusal_of_call(residual, residual_out, "sum")
+        if refusal:
+            return refusal.replace("out", "residual_out").replace("x has", "residual has")
+        if out is residual_out or out is residual:
+            return "out is residual_out or residual; give each result memory of its own"
+    return ""
