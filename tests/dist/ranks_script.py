@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def check_storm() -> None:
 
 
 def check_norm() -> None:
-    """Sum, residual and RMSNorm: the bits of the three apart, in one launch or in several, whatever the layout."""
+    """Sum, residual and RMSNorm: the bits of the three apart, in one launch or several, whatever the layout."""
     generator = torch.Generator(device=DEVICE).manual_seed(5)
     with communicator(max_bytes=1 << 20) as comm:
         for dtype in (torch.bfloat16, torch.float32):
@@ -309,7 +310,7 @@ def check_memory() -> None:
 
         def used() -> tuple[int, int, int]:
             comm.check()
-            pages = int(open("/proc/self/statm").read().split()[1])
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
             return pages * 4096, torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
 
         def calls(number: int) -> None:

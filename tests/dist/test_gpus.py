@@ -12,6 +12,7 @@ import torch
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
 GPUS = torch.cuda.device_count()
+CHECKS = "bits layouts graphs norm storm streams groups foreign_nvshmem memory late mismatch".split()
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(GPUS < 2, reason="needs two or more CUDA GPUs"),
@@ -21,11 +22,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("transport", ["direct", "put"])
 @pytest.mark.parametrize("topology", [f"1x{GPUS}", f"{GPUS}x1"])
-@pytest.mark.parametrize(
-    "check",
-    ["bits", "layouts", "graphs", "norm", "storm", "streams", "groups", "foreign_nvshmem", "memory"]
-    + ["late", "mismatch"],
-)
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_every_gpu(check, topology, transport):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(GPUS), str(SCRIPT), topology, check]
