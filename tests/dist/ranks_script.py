@@ -163,7 +163,7 @@ def check_storm() -> None:
 
 
 def check_norm() -> None:
-    """Sum, residual and RMSNorm: the bits of the three apart, in one launch or several, whatever the layout."""
+    """Sum, residual and RMSNorm: the bits of the three apart, whatever the layout of the tensors."""
     generator = torch.Generator(device=DEVICE).manual_seed(5)
     with communicator(max_bytes=1 << 20) as comm:
         for dtype in (torch.bfloat16, torch.float32):
