@@ -18,8 +18,11 @@ for topology in "1x$gpus" "${gpus}x1"; do
         done
     done
 done
-echo "== put forced, bf16, us"
-NVRAR_TRANSPORT=put ranks 60 benchmarks/gpu_all_reduce.py --peers 0 --topology "1x$gpus" \
-    --plans "exchange:$gpus" --sizes 1K,4K,16K,64K,128K,256K --json "${OUT:-.}/put.json"
-echo "== beside NCCL and symm_mem, bf16, us"
-ranks 120 benchmarks/gpu_all_reduce.py --topology "1x$gpus" --plans "exchange:$gpus" --json "${OUT:-.}/direct.json"
+bench() { ranks "$1" -m nvrar.cli bench --device cuda --timeout 30 --plans auto "${@:2}"; }
+sizes=1K,4K,16K,64K,128K,256K
+echo "== put forced"
+NVRAR_TRANSPORT=put bench 60 --no-peers --sizes $sizes --json "${OUT:-.}/put.jsonl"
+echo "== host time of a call"
+bench 60 --eager --sizes 16K
+echo "== beside NCCL and symm_mem"
+bench 120 --interleaved --sizes $sizes,512K,1M,2M,4M --json "${OUT:-.}/direct.jsonl"

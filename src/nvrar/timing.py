@@ -64,13 +64,14 @@ class GraphClock:
     at the same moment on all of them, and no time of the host is in it.
 
     Args:
+        group: None where one process does it all.
         between: queued in front of each call, as in a model other kernels are; its time is in the sample.
         num_warmup: calls before the capture.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         call: Callable[[], object],
         num_warmup: int,
         between: Callable[[], object] | None = None,
@@ -100,7 +101,8 @@ class GraphClock:
         for _ in range(count):
             torch.cuda.synchronize()
             torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-            meet(self._group, self._token)
+            if self._group is not None:
+                meet(self._group, self._token)
             self._start.record()
             self._graph.replay()
             self._stop.record()

@@ -20,6 +20,7 @@ from nvrar.commands import ranks
 from nvrar.commands.common import Subparsers, add_layout
 from nvrar.commands.progress import Progress
 from nvrar.commands.request import Request, add_options
+from nvrar.commands.virtual import run_virtual
 from nvrar.contenders import contenders
 from nvrar.errors import ArgumentError
 from nvrar.launch import seat
@@ -40,6 +41,8 @@ def add(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
+    if options.virtual is not None:
+        return run_virtual(options, console)
     request = Request.read(options)
     settings = request.settings
     place = seat(os.environ)

@@ -39,6 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_NAMES))
     sizes.add_argument("--op", default="sum", choices=OPS)
+    sizes.add_argument(
+        "--virtual",
+        metavar="NxG",
+        help="N nodes of G ranks, all on one GPU: whether each plan's kernels are right; no network's times",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     how.add_argument(
