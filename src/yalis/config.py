@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What shape the model has: config.json and generation_config.json as one immutable value.
 
-Two dialects are about: transformers 5 writes `rope_parameters` and `dtype` where earlier versions wrote
-`rope_theta` with `rope_scaling`, and `torch_dtype`.
+Two dialects are about: transformers 5 writes `dtype` and `rope_parameters` where earlier versions wrote
+`torch_dtype`, and `rope_theta` with `rope_scaling`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from yalis.errors import CheckpointError, ConfigError
+from yalis.fields import Fields
+from yalis.models import FAMILIES
+from yalis.models.traits import Traits
+from yalis.rope import RopeConfig, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
-ARCHITECTURES = ("LlamaForCausalLM",)
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """How positions turn into angles. `kind` is "default", "linear" or "llama3"."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+_MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -47,8 +39,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
+    traits: Traits
     dtype: str
     eos_token_ids: tuple[int, ...]
 
@@ -71,7 +62,7 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read the content of a config.json. `eos` is generation_config.json's word, which comes first."""
         architecture = _architecture(raw, where)  # first: others name their fields differently
-        fields = _Fields(raw, where)
+        fields = Fields(raw, where)
         hidden = fields.count("hidden_size")
         heads = fields.count("num_attention_heads")
         kv_heads = fields.count("num_key_value_heads", heads)
@@ -85,6 +76,10 @@ class ModelConfig:
             raise ConfigError(
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads} and no "
                 "head_dim is given; add head_dim"
+            )
+        if raw.get("quantization_config") is not None:
+            raise ConfigError(
+                f"{where}: the checkpoint is quantised (quantization_config); use one in {', '.join(DTYPES)}"
             )
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ConfigError(
@@ -106,10 +101,9 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=positions,
-            rope=_rope(raw, where, positions),
+            rope=read_rope(raw, where, positions, head_dim),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            attention_bias=fields.flag("attention_bias"),
-            mlp_bias=fields.flag("mlp_bias"),
+            traits=FAMILIES[architecture](fields),
             dtype=_dtype(raw, where),
             eos_token_ids=_eos(eos if eos is not None else raw.get("eos_token_id"), where),
         )
@@ -132,76 +126,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-@dataclass(frozen=True)
-class _Fields:
-    raw: Mapping[str, Any]
-    where: str
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{self.where}: {name} is missing; it gives the model its shape")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                f"{self.where}: {name} is {value!r}; it must be an integer of at least 1"
-            )
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.raw.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{self.where}: {name} is {value!r}; it must be a number above 0")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {name} is {value!r}; it must be true or false")
-        return bool(value)
-
-
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
-    names = raw.get("architectures")
-    if names is None and raw.get("model_type") == "llama":
-        return "LlamaForCausalLM"
-    for name in names or ():
-        if name in ARCHITECTURES:
+    names, model_type = raw.get("architectures"), raw.get("model_type")
+    for name in names or [_MODEL_TYPES.get(str(model_type))]:
+        if name in FAMILIES:
             return str(name)
     raise ConfigError(
-        f"{where}: architectures is {names!r} (model_type {raw.get('model_type')!r}); "
-        f"supported: {', '.join(ARCHITECTURES)}"
+        f"{where}: architectures is {names!r} (model_type {model_type!r}); "
+        f"supported: {', '.join(FAMILIES)}"
     )
-
-
-def _rope(raw: Mapping[str, Any], where: str, max_positions: int) -> RopeConfig:
-    # Two dialects: one dict with everything, or the theta beside an optional dict with the scaling.
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"{where}: rope scaling is {scaling!r}; it must be an object or null")
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    fields = _Fields({**scaling, "rope_theta": theta}, f"{where} (rope)")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"{where}: partial_rotary_factor is not 1, which no Llama uses; unsupported"
-        )
-    if kind == "default":
-        return RopeConfig(fields.number("rope_theta"))
-    if kind == "linear":
-        return RopeConfig(fields.number("rope_theta"), kind, fields.number("factor"))
-    if kind == "llama3":
-        low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-        if low >= high:
-            raise ConfigError(
-                f"{where}: low_freq_factor {low} must be below high_freq_factor {high} in llama3 scaling"
-            )
-        original = fields.count("original_max_position_embeddings", max_positions)
-        return RopeConfig(
-            fields.number("rope_theta"), kind, fields.number("factor"), low, high, original
-        )
-    raise ConfigError(f"{where}: rope type is {kind!r}; supported: default, linear, llama3")
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from yalis.attention.sdpa import SdpaAttention
 from yalis.config import ModelConfig
 from yalis.core import Batch
-from yalis.models.llama import LlamaForCausalLM
+from yalis.models.decoder import CausalLM
 from yalis.options import EngineOptions
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.parallel.split import kv_head_split
@@ -34,7 +34,7 @@ class Runner:
     ) -> None:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._tp, self._device = tp, device
-        self.model = LlamaForCausalLM(config, Placement(tp, dtype, device))
+        self.model = CausalLM(config, Placement(tp, dtype, device))
         load_weights(self.model, open_weights(options), on_progress)
         self.sampler = Sampler(options.max_num_seqs, config.vocab_size, device)
         self.attention = SdpaAttention(
@@ -87,4 +87,4 @@ def open_weights(options: EngineOptions) -> WeightSource:
 def check_checkpoint(options: EngineOptions, config: ModelConfig) -> None:
     """Raise CheckpointError unless every tensor is there in its shape. Reads headers only; one process."""
     at = Placement(TensorParallel.single(), torch.float32, torch.device("meta"))
-    check_weights(LlamaForCausalLM(config, at), open_weights(options))
+    check_weights(CausalLM(config, at), open_weights(options))

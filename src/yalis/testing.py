@@ -14,7 +14,7 @@ from torch import Tensor
 
 from yalis.config import ModelConfig
 from yalis.errors import ConfigError
-from yalis.models.llama import LlamaForCausalLM
+from yalis.models.decoder import CausalLM
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.tokenizer import Tokenizer
 from yalis.weights.dummy import random_weight
@@ -102,7 +102,7 @@ def _write_weights(
     folder: Path, config: ModelConfig, num_shards: int, seed: int, textless_ids: list[int]
 ) -> None:
     at = Placement(TensorParallel.single(), torch.float32, torch.device("meta"))
-    parts = list(weight_parts(LlamaForCausalLM(config, at)))
+    parts = list(weight_parts(CausalLM(config, at)))
     if not 1 <= num_shards <= len(parts):
         raise ConfigError(
             f"num_shards is {num_shards}; give 1 to {len(parts)}, the number of tensors"

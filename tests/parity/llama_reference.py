@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from yalis.config import ModelConfig
 from yalis.core import Batch
@@ -28,9 +28,12 @@ SMALL: dict[str, Any] = {
 }
 
 
-def save_random_llama(folder: Path, *, max_shard_size: str = "60KB", **fields: Any) -> Any:
+def save_random_model(
+    folder: Path, *, family: str = "llama", max_shard_size: str = "60KB", **fields: Any
+) -> Any:
     """A transformers model with lively random weights, saved by its own save_pretrained."""
-    model = LlamaForCausalLM(LlamaConfig(**(SMALL | fields))).eval()
+    config = AutoConfig.for_model(family, **(SMALL | fields))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         noise = torch.empty(weight.shape).normal_(generator=generator)

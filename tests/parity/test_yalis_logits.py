@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from llama_reference import all_logits, make_batch, make_runner, reference_logits, save_random_llama
+from llama_reference import all_logits, make_batch, make_runner, reference_logits, save_random_model
 
 pytestmark = pytest.mark.parity
 
@@ -21,6 +21,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+QWEN2 = {"family": "qwen2", "num_key_value_heads": 2}
+QWEN3 = {"family": "qwen3", "num_key_value_heads": 3, "head_dim": 20}
+MISTRAL = {"family": "mistral", "num_key_value_heads": 2, "sliding_window": None}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama2": {},
@@ -42,6 +52,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
     "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 500.0}},
+    "yarn": {"rope_parameters": YARN},
+    "yarn-in-detail": {
+        "head_dim": 64,
+        "rope_parameters": YARN
+        | {
+            "beta_fast": 20,
+            "beta_slow": 2,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+        },
+    },
+    "yarn-factor": {"rope_parameters": YARN | {"attention_factor": 1.3}, "head_dim": 32},
+    "qwen2": QWEN2,
+    "qwen2-tied": QWEN2 | {"tie_word_embeddings": True, "hidden_size": 60},
+    "qwen2-window-off": QWEN2 | {"use_sliding_window": False, "sliding_window": 4},
+    "qwen3": QWEN3,
+    "qwen3-bias-tied": QWEN3 | {"attention_bias": True, "tie_word_embeddings": True},
+    "qwen3-yarn": QWEN3 | {"rope_parameters": YARN},
+    "mistral": MISTRAL,
+    "mistral-wide-heads": MISTRAL | {"head_dim": 18, "rms_norm_eps": 1e-3},
+    "mistral-window-unreached": MISTRAL | {"sliding_window": 256},
     "everything": {
         "rope_parameters": LLAMA3 | {"factor": 32.0},
         "tie_word_embeddings": True,
@@ -56,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_of_a_ragged_batch_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    model = save_random_llama(tmp_path, **CONFIGS[name])
+    model = save_random_model(tmp_path, **CONFIGS[name])
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     runner = make_runner(tmp_path)
     generator = torch.Generator().manual_seed(2)
@@ -76,7 +109,7 @@ def test_logits_of_a_ragged_batch_are_those_of_transformers(name: str, tmp_path:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_logits_are_as_close_as_their_type_allows(dtype: str, tmp_path: Path) -> None:
-    model = save_random_llama(tmp_path, num_key_value_heads=2)
+    model = save_random_model(tmp_path, num_key_value_heads=2)
     token_ids = list(range(3, 40))
     exact = reference_logits(model, token_ids)
     theirs = reference_logits(model.to(getattr(torch, dtype)), token_ids).float()
@@ -87,7 +120,7 @@ def test_sixteen_bit_logits_are_as_close_as_their_type_allows(dtype: str, tmp_pa
 
 
 def test_old_names_in_config_json_mean_the_same_and_one_file_is_enough(tmp_path: Path) -> None:
-    model = save_random_llama(tmp_path, max_shard_size="1GB", rope_parameters=LLAMA3)
+    model = save_random_model(tmp_path, max_shard_size="1GB", rope_parameters=LLAMA3)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())

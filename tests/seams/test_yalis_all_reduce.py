@@ -105,6 +105,25 @@ def test_untied_plain_model_on_four_ranks(
         assert llm.generate(PROMPTS, GREEDY) == expected["plain"][0]
 
 
+# Through real workers; tests/parity compares the families with transformers.
+FAMILIES = [("Qwen2", 2, "torch"), ("Qwen3", 4, "nvrar"), ("Mistral", 2, "nvrar")]
+
+
+@pytest.mark.parametrize(("family", "size", "all_reduce"), FAMILIES)
+def test_other_families(family: str, size: int, all_reduce: str, tmp_path: Path) -> None:
+    shape = {
+        "architectures": [f"{family}ForCausalLM"],
+        "sliding_window": None,
+        "num_hidden_layers": 2,
+    }
+    make_checkpoint(tmp_path, **shape)
+    with (
+        LLM(str(tmp_path)) as one,
+        LLM(str(tmp_path), tensor_parallel_size=size, all_reduce=all_reduce) as several,
+    ):
+        assert several.generate(PROMPTS, GREEDY) == one.generate(PROMPTS, GREEDY)
+
+
 def test_dummy_weights_are_the_same_model_at_any_size(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, **ODD)
     for path in tmp_path.glob("*"):

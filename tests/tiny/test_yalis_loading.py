@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from yalis.config import ModelConfig
-from yalis.models.llama import LlamaForCausalLM
+from yalis.models.decoder import CausalLM
 from yalis.parallel.all_reduce import NoAllReduce
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.testing import make_checkpoint
@@ -25,12 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
             "mlp_bias": True, "num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1, "vocab_size": 259},
     "narrow": {"intermediate_size": 3},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 6, "tie_word_embeddings": True},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
 }  # fmt: skip
 
 
-def rank_model(config: ModelConfig, rank: int, num_ranks: int, device: str) -> LlamaForCausalLM:
+def rank_model(config: ModelConfig, rank: int, num_ranks: int, device: str) -> CausalLM:
     tp = TensorParallel(rank, num_ranks, NoAllReduce())
-    return LlamaForCausalLM(config, Placement(tp, torch.float32, torch.device(device)))
+    return CausalLM(config, Placement(tp, torch.float32, torch.device(device)))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
@@ -52,7 +55,7 @@ def test_every_weight_is_on_one_rank_or_on_all_its_replicas(
     assert counts.keys() == stored
     for tensor_name, count in counts.items():
         copies = 1
-        if "norm" in tensor_name or tensor_name.endswith(("o_proj.bias", "down_proj.bias")):
+        if "norm" in tensor_name:
             copies = num_ranks
         elif "k_proj" in tensor_name or "v_proj" in tensor_name:
             copies = max(1, num_ranks // config.num_key_value_heads)

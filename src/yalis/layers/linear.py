@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products whose weight is spread over the ranks: by output (column) or by input (row).
 
-A column layer followed by a row layer needs one all-reduce between them and no other communication:
-that pair is a transformer's attention, and its MLP.
+Neither communicates. A column layer followed by a row layer leaves each rank with a share of a sum, and
+whoever adds the residual to it sums the shares: that pair is a transformer's attention, and its MLP.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yalis.layers.functional import linear
 from yalis.parallel.group import Placement
 from yalis.weights.loader import WeightPart
 
@@ -31,7 +31,7 @@ class ColumnLinear(nn.Module):
     """y = x W^T + b, this rank computing some of the output features.
 
     `[num_tokens, in_features]` to `[num_tokens, sum of the pieces' kept rows]`. The pieces share one
-    matrix product, which is what a small batch is bound by. No communication.
+    matrix product, which is what a small batch is bound by.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ColumnLinear(nn.Module):
         self.bias = at.empty(sum(self.sizes)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         parent = path.rpartition(".")[0]  # the pieces are its siblings there
@@ -63,9 +63,9 @@ class ColumnLinear(nn.Module):
 
 
 class RowLinear(nn.Module):
-    """y = x W^T + b, this rank summing over the input features that it holds; then one all-reduce.
+    """y = x W^T + b, this rank summing over the input features that it holds.
 
-    `[num_tokens, len(columns)]` to `[num_tokens, out_features]`, equal on all ranks. Collective.
+    `[num_tokens, len(columns)]` to `[num_tokens, out_features]`: a share of y, whose sum over the ranks is y.
     """
 
     def __init__(
@@ -73,14 +73,12 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._in_features, self._columns = in_features, columns
-        self._all_reduce = at.tp.all_reduce
         self.weight = at.empty(out_features, len(columns))
-        self.bias = at.empty(out_features) if bias else None
+        # On one rank only: it must count once in the sum.
+        self.bias = at.empty(out_features) if bias and at.tp.rank == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._all_reduce(F.linear(x, self.weight))
-        # After the sum, not before: every rank holds the whole bias, and it must count once.
-        return y if self.bias is None else y + self.bias
+        return linear(x, self.weight, self.bias)
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         rows = slice(0, self.weight.shape[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions as rotations of query and key: default, linear and llama3 frequency scaling."""
+"""Positions as rotations of query and key: frequencies, and cosines and sines of every position."""
 
 from __future__ import annotations
 
@@ -8,40 +8,48 @@ import math
 import torch
 from torch import Tensor, nn
 
-from yalis.config import RopeConfig
+from yalis.parallel.group import Placement
+from yalis.rope import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """`[head_dim / 2]` float32: the angle per position of each pair of components."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
+    if rope.kind == "default":
+        return frequencies
+    stretched = frequencies / rope.factor
     if rope.kind == "linear":
-        return frequencies / rope.factor
+        return stretched
     if rope.kind == "llama3":
-        # Wavelengths that fit often into the original context stay, those that hardly fit are stretched by
-        # `factor`, and between the two bounds the share of each slides with how often they fit.
+        # Wavelengths that fit often into the original context stay, those that hardly fit are stretched,
+        # and between the two bounds the share of each slides with how often they fit.
         num_periods = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((num_periods - low) / (high - low)).clamp(0, 1)
-        return frequencies * keep + frequencies / rope.factor * (1 - keep)
-    return frequencies
+    else:
+        # yarn (arXiv 2309.00071): as above, but the share slides with the pair's number.
+        first, last = rope.yarn_bounds
+        pairs = torch.arange(head_dim // 2, dtype=torch.float32)
+        keep = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies * keep + stretched * (1 - keep)
 
 
 class Rotary(nn.Module):
-    """Turns `[num_tokens]` positions into the cosines and sines that `rotate` takes."""
+    """Turns `[num_tokens]` positions into the cosines and sines that `functional.rotate` takes.
 
-    def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
+    They are computed once for all `num_positions`, in float32, and kept in the model's dtype.
+    """
+
+    def __init__(self, rope: RopeConfig, head_dim: int, num_positions: int, at: Placement) -> None:
         super().__init__()
-        self._frequencies = inverse_frequencies(rope, head_dim).to(device)
+        frequencies = inverse_frequencies(rope, head_dim).to(at.device)
+        positions = torch.arange(num_positions, dtype=torch.float32, device=at.device)
+        angles = torch.outer(positions, frequencies)
+        both = torch.stack((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
+        self._table = both.to(at.dtype)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each `[num_tokens, 1, head_dim]` in `dtype`; the angle itself is float32."""
-        angles = positions.to(torch.float32).unsqueeze(-1) * self._frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`[num_tokens, num_heads, head_dim]` rotated: component i pairs with i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each `[num_tokens, head_dim / 2]`."""
+        cos, sin = self._table.index_select(0, positions).unbind(dim=1)
+        return cos, sin

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yalis.layers.functional import linear
 from yalis.parallel.group import Placement
 from yalis.parallel.split import padded_split
 from yalis.weights.loader import WeightPart
@@ -58,7 +59,7 @@ class VocabularyHead(_VocabularyShard):
         self._is_tied = True
 
     def forward(self, hidden: Tensor) -> Tensor | None:
-        logits = self._tp.gather(F.linear(hidden, self.weight))
+        logits = self._tp.gather(linear(hidden, self.weight))
         return None if logits is None else logits[:, : self._vocab_size]
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:

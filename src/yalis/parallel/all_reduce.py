@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How partial sums meet: one verb, and what stands behind it.
 
-The protocol is all that a layer knows, so a backend is swapped by a word in the options.
+The protocol is all that a layer knows, so a backend is swapped by a word in the options. Backends derive
+from it for `add_rms_norm`, which they replace where they can do all of it at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nvrar
+from yalis.layers import functional
 
 
 class AllReduce(Protocol):
@@ -25,6 +27,17 @@ class AllReduce(Protocol):
         """
         ...
 
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`(normed, s)`: s is the sum of all ranks' `x`, plus `residual`; normed its RMSNorm.
+
+        `x` and `residual` `[num_tokens, size]` and `weight` `[size]`, of one dtype; `residual` is equal on
+        all ranks, as the results are. Bits: the sum over ranks is rounded to the dtype, s is rounded, and
+        normed is `functional.rms_norm` of that. Collective, like the call; may overwrite `x`.
+        """
+        return functional.add_rms_norm(self(x), residual, weight, eps)
+
     def describe(self) -> dict[str, Any]:
         """What runs, and how often it has run on this rank: for reports and tests."""
         ...
@@ -32,7 +45,7 @@ class AllReduce(Protocol):
     def close(self) -> None: ...
 
 
-class NoAllReduce:
+class NoAllReduce(AllReduce):
     """One rank: the sum is the value itself."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,7 +58,7 @@ class NoAllReduce:
         pass
 
 
-class TorchAllReduce:
+class TorchAllReduce(AllReduce):
     """`torch.distributed.all_reduce`: gloo on CPU, NCCL on CUDA. The peer that nvrar is measured by."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -64,7 +77,7 @@ class TorchAllReduce:
         pass
 
 
-class NvrarAllReduce:
+class NvrarAllReduce(AllReduce):
     """`nvrar.Communicator`, in place."""
 
     def __init__(

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In what the families differ. All else is the decoder that they share. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from yalis.errors import ConfigError
+from yalis.fields import Fields
+
+
+@dataclass(frozen=True)
+class Traits:
+    """`windows` has an entry per layer: how many tokens one sees, itself included; None is all before it.
+
+    An empty `windows` says None for all layers.
+    """
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    has_qk_norm: bool = False  # each head of q and k is RMS-normalised before it is rotated
+    windows: tuple[int | None, ...] = ()
+
+
+def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
+    """The windows of Qwen2 and Qwen3: off by default, else in the layers that config.json names."""
+    if not fields.flag("use_sliding_window"):
+        return ()
+    num_layers, window = fields.count("num_hidden_layers"), fields.count("sliding_window", 4096)
+    kinds = fields.raw.get("layer_types")
+    if kinds is None:
+        first = fields.raw.get("max_window_layers", 28)
+        kinds = [
+            "full_attention" if idx < first else "sliding_attention" for idx in range(num_layers)
+        ]
+    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"{fields.where}: layer_types is {kinds!r}; it must have full_attention or "
+            f"sliding_attention for each of {num_layers} layers"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
