@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from nvrar import gpu
+from nvrar import gpu, tables
 from nvrar._version import __version__
-from nvrar.cost import Machine
+from nvrar.cost import Machine, time_us
 from nvrar.errors import NvrarError
 from nvrar.gpu.jit import cache_folder
 from nvrar.host import DTYPES, OPS, type_name
 from nvrar.launch import seat
 from nvrar.record import checkout, host, software, variables
+from nvrar.table import Table
 from nvrar.topology import Topology, sighting
-from nvrar.tune import ranking
+from nvrar.tune import Chooser
 
 PACKAGES = (
     "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13",
@@ -38,6 +39,8 @@ def collect(environment: Mapping[str, str], topology: Topology, machine: Machine
     """Everything that ``nvrar info`` shows, as JSON can carry it. ``topology`` and ``machine`` are the
     ones to choose plans for; what this process would detect stands beside them."""
     commit, is_dirty = checkout()
+    executor = "host" if gpu.lack(None) else "gpu"
+    found = tables.likely(environment, executor, str(topology))
     return {
         "versions": {
             "nvrar": __version__,
@@ -52,7 +55,8 @@ def collect(environment: Mapping[str, str], topology: Topology, machine: Machine
         "topology": detected(environment),
         "interfaces": interfaces(environment),
         "executors": executors(),
-        "choices": choices(topology, machine),
+        "tuning_table": None if found is None else str(found.path),
+        "choices": choices(topology, machine, None if found is None else found.table),
     }
 
 
@@ -155,13 +159,27 @@ def executors() -> list[dict[str, Any]]:
     ]
 
 
-def choices(topology: Topology, machine: Machine) -> list[dict[str, Any]]:
-    """What ``plan="auto"`` would run for each of :data:`SIZES`."""
+def choices(topology: Topology, machine: Machine, table: Table | None) -> list[dict[str, Any]]:
+    """What ``plan="auto"`` would run for each of :data:`SIZES`, in bfloat16; measured times where ``table``
+    has that size."""
+    chooser = Chooser(topology, machine, tables=() if table is None else (table,))
     rows = []
     for num_bytes in SIZES:
-        plan, predicted_us = ranking(topology, num_bytes, machine)[0]
+        link = "" if table is None else table.key.link
+        choice = chooser.choose(num_bytes, "bfloat16", link)
+        predicted_us = time_us(choice.plan, topology, num_bytes, machine)
+        entry = None if table is None else table.entry_at(num_bytes)
+        measured_us = None
+        if entry is not None:
+            ours_us = None if choice.measured is None else choice.measured.time_us
+            measured_us = entry.torch_us if choice.by_torch else ours_us
         rows.append(
-            {"num_bytes": num_bytes, "plan": str(plan), "predicted_us": round(predicted_us, 2)}
+            {
+                "num_bytes": num_bytes,
+                "plan": "torch" if choice.by_torch else str(choice.plan),
+                "predicted_us": None if choice.by_torch else round(predicted_us, 2),
+                "measured_us": measured_us,
+            }
         )
     return rows
 

@@ -99,6 +99,11 @@ class Table:
         power = bucket(num_bytes)
         return next((e for e in self.entries if bucket(e.num_bytes) >= power), self.entries[-1])
 
+    def entry_at(self, num_bytes: int) -> Entry | None:
+        """Of the size that has the same next power of two."""
+        entry = self.entry_for(num_bytes)
+        return entry if bucket(entry.num_bytes) == bucket(num_bytes) else None
+
     def dumps(self) -> str:
         """As :meth:`loads` reads it: JSON, a line a trial."""
         head = {

@@ -58,7 +58,7 @@ class Chooser:
         best = entry.best(pinned_radices(self.topology) if self.deterministic else None)
         if best is None:
             return Choice(self._by_model(num_bytes), None, by_torch)
-        if bucket(entry.num_bytes) != bucket(num_bytes):
+        if table.entry_at(num_bytes) is None:
             best = replace(best, packets=None, blocks=None, threads=None)
         return Choice(best.plan, best, by_torch)
 

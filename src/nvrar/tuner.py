@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -104,18 +105,12 @@ def tune(
 
 
 def spread(sizes: Sequence[int]) -> list[int]:
-    """``sizes`` (ascending) from coarse to fine: the ends, then again and again the middles of the gaps."""
-    order = [*sizes[:1], *sizes[1:][-1:]]
-    gaps = [(0, len(sizes) - 1)]
-    while gaps:
-        first, last = gaps.pop(0)
-        middle = (first + last) // 2
-        if first < middle:
-            order.append(sizes[middle])
-            gaps += [(first, middle), (middle, last)]
-        elif last - first > 1:
-            gaps.append((first + 1, last))
-    return order
+    """``sizes`` (ascending) from coarse to fine: the ends, then always the middle of a widest gap."""
+    order = [0, len(sizes) - 1][: len(sizes)]
+    while len(order) < len(sizes):
+        first, last = max(pairwise(sorted(order)), key=lambda gap: gap[1] - gap[0])
+        order.append((first + last) // 2)
+    return [sizes[i] for i in order]
 
 
 def _entry(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvrar import tables
 from nvrar.commands.common import Subparsers, add_layout, executor_here, machine_from, print_json
 from nvrar.info import PACKAGES, collect, environment_topology
 from nvrar.topology import Topology
@@ -42,12 +43,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
         console.print(Text(title, "bold"))
         for name, value in lines:
             console.print(Text(f"  {name:<22}{value}"), soft_wrap=True)
-    table = Table(title=f"plan 'auto' on {topology} ranks, by the model of {machine.name}")
+    measured = facts["tuning_table"]
+    by = f"the model of {machine.name}" if measured is None else "what was measured (nvrar tune)"
+    table = Table(title=f"plan 'auto' on {topology} ranks, by {by}")
     table.add_column("size", justify="right")
     table.add_column("plan")
-    table.add_column("predicted", justify="right")
+    for heading in ("predicted", "measured"):
+        table.add_column(heading, justify="right")
     for row in facts["choices"]:
-        table.add_row(format_size(row["num_bytes"]), row["plan"], format_time(row["predicted_us"]))
+        times = (row["predicted_us"], row["measured_us"])
+        cells = ("" if t is None else format_time(t) for t in times)
+        table.add_row(format_size(row["num_bytes"]), row["plan"], *cells)
     console.print(table)
     return 0
 
@@ -104,6 +110,14 @@ def _sections(facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
                     (e["name"], ("yes: " if e["available"] else "not yet: ") + e["about"]),
                     *((f"{e['name']} needs", need) for need in e["missing"]),
                 )
+            ],
+        ),
+        (
+            "tuning",
+            [
+                ("table", facts["tuning_table"] or "none holds here: the cost model chooses"),
+                ("to make one", "nvrar tune, on the ranks that will run"),
+                ("to choose", f"{tables.VARIABLE}=FILE, a folder of them, or {tables.OFF}"),
             ],
         ),
         ("environment", list(facts["environment"].items()) or [("", "no NVRAR_, NCCL_, ... set")]),

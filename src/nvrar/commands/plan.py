@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvrar import tables
 from nvrar.commands.common import (
     Subparsers,
     add_layout,
@@ -21,7 +23,7 @@ from nvrar.cost import level_costs
 from nvrar.draw import draw, names_of
 from nvrar.plan import PLAN_NAMES, Plan
 from nvrar.topology import Topology
-from nvrar.tune import choose, ranking
+from nvrar.tune import Chooser, ranking
 from nvrar.units import format_size, format_time, parse_size
 
 
@@ -43,7 +45,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     topology = Topology(options.nodes or 2, options.ranks_per_node or 4)
     machine = machine_from(options.machine, executor_here())
     num_bytes = parse_size(options.bytes)
-    chosen = choose(topology, num_bytes, machine)
+    found = tables.likely(os.environ, executor_here(), str(topology))
+    measured = () if found is None else (found.table,)
+    link = "" if found is None else found.table.key.link
+    choice = Chooser(topology, machine, tables=measured).choose(num_bytes, "bfloat16", link)
+    chosen, torch_us, times_us = choice.plan, None, {}
+    if found is not None:
+        entry = found.table.entry_at(num_bytes)
+        if entry is not None:
+            torch_us = entry.torch_us
+            times_us = {trial.plan: trial.time_us for trial in reversed(entry.trials)}
     drawn = Plan.resolve(options.plan, topology) if options.plan else chosen
     ranked = ranking(topology, num_bytes, machine)
     rows: list[dict[str, Any]] = [
@@ -51,6 +62,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             "plan": str(plan),
             "names": names_of(plan, topology),
             "predicted_us": round(predicted_us, 3),
+            "measured_us": times_us.get(plan),
             "steps": plan.num_steps,
             "cross_node_bytes": sum(
                 cost.cross_node_bytes for cost in level_costs(plan, topology, num_bytes, machine)
@@ -65,6 +77,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 "num_bytes": num_bytes,
                 "machine": machine.name,
                 "chosen": str(chosen),
+                "tuning_table": None if found is None else str(found.path),
+                "torch_us": torch_us,
+                "left_to_torch": choice.by_torch,
                 "num_plans": len(ranked),
                 "plans": rows,
             },
@@ -77,16 +92,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     table.add_column("plan")
     table.add_column("name")
-    for heading in ("predicted", "steps", "cross-node wire bytes a rank"):
+    for heading in ("predicted", "measured", "steps", "cross-node wire bytes a rank"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
             row["plan"],
             ", ".join(row["names"]),
             format_time(row["predicted_us"]),
+            "" if row["measured_us"] is None else format_time(row["measured_us"]),
             str(row["steps"]),
             format_size(row["cross_node_bytes"]),
         )
     console.print(table)
+    if found is not None:
+        told = "" if torch_us is None else f"; torch.distributed took {format_time(torch_us)}"
+        told += ", and 'auto' leaves this size to it" if choice.by_torch else ""
+        console.print(Text(f"measured: {found.path}{told}"), soft_wrap=True)
     console.print(Text("\n" + draw(drawn, topology, num_bytes, machine)), soft_wrap=True)
     return 0

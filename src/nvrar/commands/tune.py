@@ -209,7 +209,7 @@ def _lab(
 ) -> Lab:
     if settings.device == "cpu":
         return HostLab(group, topology, request.machine, settings, most_plans)
-    reason = gpu.lack(group)
+    reason = gpu.open_for(group, settings.timeout_s)
     reasons = exchange_values(group, "gpu lack", reason, settings.timeout_s)
     lacking = [(rank, other) for rank, other in enumerate(reasons) if other]
     if lacking:

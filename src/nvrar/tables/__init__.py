@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvrar.gpu.jit import cache_folder
+from nvrar.hardware import device_name
 from nvrar.table import Table, TableError
 
 log = logging.getLogger("nvrar")
@@ -68,6 +69,15 @@ def holding(
                 VARIABLE, path, key, topology, ", ".join(devices), executor, VARIABLE,
             )  # fmt: skip
     return list(found.values())
+
+
+def likely(environment: Mapping[str, str], executor: str, topology: str) -> Found | None:
+    """The table that bfloat16 would be reduced by on ranks like this one, as far as it can tell alone: how
+    the peers are linked is seen only together with them."""
+    forced = executor == "gpu" and environment.get("NVRAR_TRANSPORT") == "put"
+    found = holding(environment, executor, (device_name(executor),), topology)
+    fitting = (f for f in found if f.table.key.dtype == "bfloat16")
+    return next((f for f in fitting if (f.table.key.link == "put") == forced), None)
 
 
 def write(table: Table, path: Path) -> None:
