@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nvrar import NvrarError
-from yalis.core import RequestOutput
 from yalis.errors import ConfigError, YalisError
 from yalis.llm import LLM
 from yalis.options import ALL_REDUCES, DEVICES, LOAD_FORMATS
+from yalis.outputs import RequestOutput
 from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.sampling_params import SamplingParams
@@ -79,10 +79,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _show(outputs: Sequence[RequestOutput], *, as_json: bool) -> None:
     for output in outputs:
-        if as_json:
-            print(json.dumps(asdict(output)))
-        else:
-            print(_printable(f"{output.prompt}{output.text}"))
+        for completion in output.outputs:
+            if as_json:
+                prompt = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
+                print(json.dumps(prompt | asdict(completion)))
+            else:
+                print(_printable(f"{output.prompt}{completion.text}"))
 
 
 def _printable(text: str) -> str:

@@ -8,9 +8,14 @@ import torch
 from yalis.errors import ConfigError
 
 
+def device_type(name: str) -> str:
+    """The type of device that ranks of this host work on. "auto" is CUDA where there is one."""
+    return "cpu" if name == "cpu" or (name == "auto" and not torch.cuda.is_available()) else "cuda"
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of the rank that is `local_rank`-th on its host. "auto" is CUDA where there is one."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """The device of the rank that is `local_rank`-th on its host."""
+    if device_type(name) == "cpu":
         return torch.device("cpu")
     require_gpus(local_rank + 1)
     return torch.device("cuda", local_rank)

@@ -3,19 +3,37 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from yalis.core import Batch, Request, RequestOutput, Sequence
+from yalis.completion import Completion
+from yalis.core import Batch, Request, RowLogprobs, Sequence, StepResult
+from yalis.outputs import RequestMetrics, RequestOutput, Update
 from yalis.sampler import request_seed
-from yalis.scheduler import Scheduler, make_batch
-from yalis.tokenizer import Detokenizer, Tokenizer
+from yalis.scheduler import Scheduler, Step
+from yalis.tokenizer import Tokenizer
+from yalis.trace import Trace, no_trace
 
 
 class Executor(Protocol):
-    """Computes batches: in this process, or by telling the ranks to."""
+    """Computes batches: in this process, or by telling the ranks to. Steps run in the order of submission."""
 
-    def execute(self, batch: Batch) -> list[int]:
-        """The next token of each of the batch's sequences."""
+    depth: int  # how many steps may be under way; 2 lets one be prepared while another runs
+    num_blocks: int  # of cache on every rank
+
+    def submit(self, batch: Batch) -> None:
+        """Begin a step. With fewer than `depth` others under way."""
+        ...
+
+    def result(self) -> StepResult:
+        """What the oldest step under way has drawn. Waits for it."""
+        ...
+
+    def drain(self) -> None:
+        """Wait for the steps under way and forget what they drew, after an error or an interrupt."""
         ...
 
     def agree(self, digest: bytes) -> None:
@@ -32,7 +50,11 @@ class Executor(Protocol):
 
 
 class Engine:
-    """Requests in, finished sequences out, one step at a time."""
+    """Requests in, news of them out, one step at a time. Not thread-safe.
+
+    Under a launcher every rank has an engine, and all of them make the same calls in the same order: what the
+    engines decide follows from that and from the drawn tokens, which every rank gets, so they need not talk.
+    """
 
     def __init__(
         self,
@@ -43,87 +65,170 @@ class Engine:
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
         seed: int,
+        trace: Trace = no_trace,
     ) -> None:
         self._executor, self._scheduler, self._tokenizer = executor, scheduler, tokenizer
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         self._max_model_len, self._seed = max_model_len, seed
+        self._trace = trace
         self._num_requests = 0
+        self._live: dict[int, _Live] = {}
+        self._under_way: deque[Step] = deque()
         self.num_drawn_tokens = 0
-        self._detokenizers: dict[int, Detokenizer] = {}
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        """Whether `step` has something left to do."""
+        return bool(self._live or self._under_way)
 
-    @property
-    def num_tokens_to_draw(self) -> int:
-        """How many more tokens the requests under way can ask for; they may stop earlier."""
-        return self._scheduler.num_tokens_to_draw
+    def is_under_way(self, request_id: int) -> bool:
+        return request_id in self._live
 
-    def add(self, request: Request) -> int:
-        """Queue a checked request; returns its number, by which its output is known.
+    def check(self, request: Request) -> None:
+        """Raise RequestError when a request could never fit the cache."""
+        self._scheduler.check(self._max_len(request))
 
-        Raises RequestError when it could never fit the cache; the others are unharmed.
+    def max_new_tokens(self, request: Request) -> int:
+        """How many tokens a request can get at most, all its continuations together."""
+        return (self._max_len(request) - len(request.token_ids)) * request.params.n
+
+    def add(self, request: Request, *, is_streamed: bool = True) -> int:
+        """Queue a checked request; returns its number, by which its news are known.
+
+        Without `is_streamed` its updates have no text before the last one, which costs less. Raises
+        RequestError when it could never fit the cache; the others are unharmed.
         """
-        request_id, params = self._num_requests, request.params
-        seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
-        max_len = min(len(request.token_ids) + params.max_tokens, self._max_model_len)
-        self._scheduler.add(Sequence(request_id, request, seed, max_len))
+        self.check(request)
+        max_len, params = self._max_len(request), request.params
+        request_id = self._num_requests
         self._num_requests += 1
-        if self._tokenizer and params.stop_strings:
-            self._detokenizers[request_id] = Detokenizer(self._tokenizer, request.token_ids)
+        seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
+        ends = () if params.ignore_eos else self._eos_token_ids
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=request.token_ids,
+                params=params,
+                seed=seed + index,
+                max_len=max_len,
+                end_token_ids=(*ends, *params.stop_token_ids),
+            )
+            for index in range(params.n)
+        ]
+        completions = [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences]
+        metrics = RequestMetrics(arrival_s=time.monotonic())
+        self._live[request_id] = _Live(request, completions, is_streamed, metrics)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
         return request_id
 
-    def step(self) -> dict[int, RequestOutput]:
-        """Compute one batch; the requests that it finished, by number."""
-        sequences = self._scheduler.schedule()
-        token_ids = self._executor.execute(make_batch(sequences))
-        for sequence, token_id in zip(sequences, token_ids, strict=True):
-            self._append(sequence, token_id)
-        return {s.request_id: self._output(s) for s in self._scheduler.collect(sequences)}
+    def cancel(self, request_id: int) -> RequestOutput | None:
+        """Stop a request: what it has so far, or None when it is not under way. No update follows."""
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return None
+        for completion in live.completions:
+            sequence = completion.sequence
+            if not sequence.is_finished:
+                sequence.finish_reason = "abort"
+                self._scheduler.retire(sequence)
+        return live.output(request_id)
+
+    def step(self) -> list[Update]:
+        """Compute one step; the news of it. Empty while prompts are being read.
+
+        If it raises, every request under way is dropped.
+        """
+        try:
+            self._submit()
+            step = self._under_way.popleft() if self._under_way else None
+            result = self._executor.result() if step else StepResult(())
+        except BaseException:
+            with suppress(Exception):  # what comes of an error is not the error
+                self.drop_all()
+            raise
+        if step is None:
+            assert not self._live, "there is work, but nothing that could be scheduled"
+            return []
+        with self._trace("collect"):
+            return self._collect(step, result)
 
     def drop_all(self) -> None:
-        """Forget every request under way, after an error or an interrupt."""
+        """Forget every request under way."""
+        self._live.clear()
+        self._under_way.clear()
         self._scheduler.drop_all()
-        self._detokenizers.clear()
+        self._executor.drain()
 
-    def _append(self, sequence: Sequence, token_id: int) -> None:
-        sequence.output_token_ids.append(token_id)
-        self.num_drawn_tokens += 1
-        is_eos = token_id in self._eos_token_ids and not sequence.request.params.ignore_eos
-        if self._append_text(sequence, token_id) or is_eos:
-            sequence.finish_reason = "stop"
-        elif len(sequence) >= sequence.max_len:
-            sequence.finish_reason = "length"
+    def _submit(self) -> None:
+        while len(self._under_way) < self._executor.depth:
+            with self._trace("schedule"):
+                step = self._scheduler.schedule()
+            if step is None:
+                break
+            self._executor.submit(step.batch)
+            self._under_way.append(step)
 
-    def _append_text(self, sequence: Sequence, token_id: int) -> bool:
-        """Look for stop strings while the text grows; True, with the text cut, when one has come up."""
-        detokenizer = self._detokenizers.get(sequence.request_id)
-        if detokenizer is None:
-            return False
-        num_before = len(sequence.text)
-        sequence.text += detokenizer.append(token_id)
-        hits = []
-        for stop in sequence.request.params.stop_strings:
-            # It may have begun in earlier tokens, but must end in this one's text.
-            found = sequence.text.find(stop, max(0, num_before - len(stop) + 1))
-            if found >= 0:
-                hits.append(found)
-        if hits:
-            sequence.stopped_text = sequence.text[: min(hits)]
-        return bool(hits)
+    def _collect(self, step: Step, result: StepResult) -> list[Update]:
+        now_s = time.monotonic()
+        updates = []
+        for place, (sequence, token_id) in enumerate(
+            zip(step.drawing, result.token_ids, strict=True)
+        ):
+            # One that ended while this step was under way: nobody waits for its token.
+            if not sequence.is_finished:
+                self._scheduler.accept(sequence, token_id)
+                self.num_drawn_tokens += 1
+                updates.append(self._update(sequence, result.logprobs.get(place), now_s))
+        return updates
 
-    def _output(self, sequence: Sequence) -> RequestOutput:
-        self._detokenizers.pop(sequence.request_id, None)
-        text = sequence.stopped_text
-        if text is None and self._tokenizer:
-            prompt_token_ids = sequence.request.token_ids
-            text = self._tokenizer.decode_after(prompt_token_ids, sequence.output_token_ids)
-        assert sequence.finish_reason is not None  # the scheduler returns only the finished
-        return RequestOutput(
-            prompt=sequence.request.prompt,
-            prompt_token_ids=sequence.request.token_ids,
-            text=text or "",
-            token_ids=tuple(sequence.output_token_ids),
+    def _update(self, sequence: Sequence, logprobs: RowLogprobs | None, now_s: float) -> Update:
+        live = self._live[sequence.request_id]
+        completion = live.completions[sequence.index]
+        num_before = len(sequence.output_token_ids) - 1
+        completion.append(logprobs)
+        live.metrics = replace(
+            live.metrics,
+            first_token_s=live.metrics.first_token_s or now_s,
+            last_token_s=now_s,
+        )
+        output = None
+        if sequence.is_finished:
+            self._scheduler.retire(sequence)
+            if all(c.sequence.is_finished for c in live.completions):
+                output = live.output(sequence.request_id)
+                del self._live[sequence.request_id]
+        has_text = live.is_streamed or sequence.is_finished
+        token_ids = tuple(sequence.output_token_ids[num_before:])
+        return Update(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            text=completion.take_text() if has_text else "",
+            logprobs=completion.last_logprobs() if token_ids else None,
             finish_reason=sequence.finish_reason,
+            output=output,
+        )
+
+    def _max_len(self, request: Request) -> int:
+        return min(len(request.token_ids) + request.params.max_tokens, self._max_model_len)
+
+
+@dataclass
+class _Live:
+    """A request under way."""
+
+    request: Request
+    completions: list[Completion]
+    is_streamed: bool
+    metrics: RequestMetrics
+
+    def output(self, request_id: int) -> RequestOutput:
+        return RequestOutput(
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.token_ids,
+            outputs=tuple(completion.output() for completion in self.completions),
+            request_id=request_id,
+            metrics=self.metrics,
         )

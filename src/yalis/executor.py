@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from typing import Any
 
 import torch.distributed as dist
 
 from yalis.config import ModelConfig
-from yalis.core import Batch
+from yalis.core import Batch, StepResult
 from yalis.device import pick_device
+from yalis.drawing import PendingStep
 from yalis.engine import Executor
 from yalis.errors import ConfigError
 from yalis.joined import JoinedExecutor
@@ -41,16 +43,26 @@ def make_executor(
 
 
 class LocalExecutor:
-    """One rank, in this process; no torch.distributed at all."""
+    """One rank, in this process; no torch.distributed at all. On a CPU `submit` runs the step."""
 
     def __init__(
         self, options: EngineOptions, config: ModelConfig, on_progress: Progress | None
     ) -> None:
         device = pick_device(options.device)
         self.runner = Runner(options, config, TensorParallel.single(), device, on_progress)
+        self.depth = options.depth(is_asynchronous=device.type == "cuda")
+        self.num_blocks = self.runner.num_blocks
+        self._under_way: deque[PendingStep] = deque()
 
-    def execute(self, batch: Batch) -> list[int]:
-        return self.runner.execute(batch)
+    def submit(self, batch: Batch) -> None:
+        self._under_way.append(self.runner.execute(batch))
+
+    def result(self) -> StepResult:
+        return self._under_way.popleft().wait()
+
+    def drain(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().wait()
 
     def agree(self, digest: bytes) -> None:
         pass

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a group that torchrun or srun started: every rank runs the same script and the same engine.
 
-Their schedulers are equal because their inputs are: the requests, which they compare before they begin,
-and the tokens, which rank 0 draws and tells the others.
+Every rank schedules for itself, so a step needs no message between hosts beyond those of the model. The
+schedulers are equal because their inputs are: the requests, which `generate` and `stream` compare before they
+begin, and the tokens, which rank 0 draws and the others get.
 """
 
 from __future__ import annotations
 
 import atexit
+from collections import deque
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from nvrar.launch import Seat
 from yalis.config import ModelConfig
-from yalis.core import Batch
+from yalis.core import Batch, StepResult
 from yalis.device import pick_device
+from yalis.drawing import PendingStep
 from yalis.errors import RequestError
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
@@ -51,13 +53,26 @@ class JoinedExecutor:
         nodes = (num_nodes, self._group.size() // num_nodes) if num_nodes > 1 else None
         tp = TensorParallel.over(self._group, options.all_reduce, options.all_reduce_plan, nodes)
         self._runner = Runner(options, config, tp, self._device, on_progress)
+        self.depth = options.depth(is_asynchronous=self._device.type == "cuda")
+        self.num_blocks = self._runner.num_blocks
+        self._under_way: deque[PendingStep] = deque()
         dist.barrier(self._group)  # the first all-reduce has a short timeout; loading has none
 
-    def execute(self, batch: Batch) -> list[int]:
-        token_ids = self._runner.execute(batch) or [0] * len(batch.draws)
-        shared = torch.tensor(token_ids, device=self._device)
-        dist.broadcast(shared, group=self._group, group_src=0)
-        return shared.tolist()
+    def submit(self, batch: Batch) -> None:
+        self._under_way.append(self._runner.execute(batch))
+
+    def result(self) -> StepResult:
+        pending = self._under_way.popleft()
+        result = pending.wait()
+        if not pending.wants_logprobs:
+            return result
+        shared = [result.logprobs]  # every rank has the tokens; these only rank 0
+        dist.broadcast_object_list(shared, group=self._group, group_src=0)
+        return StepResult(result.token_ids, shared[0])
+
+    def drain(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().wait()
 
     def agree(self, digest: bytes) -> None:
         digests: list[bytes | None] = [None] * self._group.size()

@@ -4,22 +4,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
 from typing import Any
 
+from yalis.blocks import BlockPool
 from yalis.config import ModelConfig
-from yalis.core import RequestOutput
+from yalis.core import Request
+from yalis.device import device_type
 from yalis.engine import Engine
 from yalis.errors import YalisError
 from yalis.executor import make_executor
 from yalis.options import EngineOptions
+from yalis.outputs import RequestOutput, Update
+from yalis.parallel.launcher import detect
+from yalis.progress import TerminalProgress
 from yalis.requests import Prompt, check_requests
 from yalis.runner import check_checkpoint
 from yalis.sampling_params import SamplingParams
 from yalis.scheduler import Scheduler
 from yalis.tokenizer import Tokenizer
+from yalis.trace import trace_on
 from yalis.weights.loader import Progress
 
 
@@ -31,8 +41,13 @@ class LLM:
     torchrun or srun every rank runs the same script, this joins their group, and every rank gets the same
     outputs. One rank works in the calling process. `all_reduce` is "nvrar" (with a plan word of its
     language in `all_reduce_plan`) or "torch". `dtype` "auto" is the checkpoint's. `load_format` "dummy"
-    needs a config.json only. `kv_cache_memory_bytes` is per rank. `on_progress` is called with
-    (phase, done, total) while loading.
+    needs a config.json only. `on_progress` is called with (phase, done, total) while loading.
+
+    A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences. Keys and
+    values lie in blocks of `block_size` tokens, in `kv_cache_memory_bytes` per rank; left out, that is 4 GiB
+    on a CPU, and on a GPU what weights and the largest step leave of `gpu_memory_utilization` of its memory.
+    `enable_prefix_caching` lets requests with the same beginning share its blocks. `async_scheduling`
+    prepares a step while the one before it runs; left out, it is on wherever that helps.
 
     Raises ConfigError or CheckpointError, before any process starts, for what cannot work; WorkerError
     when a rank fails. Close it, or use it as a context manager, to stop the workers.
@@ -53,7 +68,11 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
-        kv_cache_memory_bytes: int = 4 << 30,
+        block_size: int = 16,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool = True,
+        async_scheduling: bool | None = None,
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> None:
@@ -70,7 +89,11 @@ class LLM:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            async_scheduling=async_scheduling,
             seed=seed,
         )
         self.config = ModelConfig.from_folder(options.model)
@@ -81,38 +104,89 @@ class LLM:
         self.options = options
         self.max_model_len = options.resolved_max_model_len(self.config)
         self._is_closed = False
+        place = detect(os.environ)
+        self._is_first = place is None or place.rank == 0
         self._executor = make_executor(options, self.config, on_progress)
         scheduler = Scheduler(
+            BlockPool(self._executor.num_blocks, options.block_size),
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
-            num_cache_tokens=options.num_cache_tokens(self.config),
+            shares_prefixes=options.enable_prefix_caching,
         )
         self.engine = Engine(
             self._executor,
             scheduler,
             self.tokenizer,
-            eos_token_ids=self.config.eos_token_ids,
+            eos_token_ids=tuple(i for i in self.config.eos_token_ids if i < self.config.vocab_size),
             max_model_len=self.max_model_len,
             seed=options.seed,
+            trace=trace_on(device_type(options.device)),
         )
+        self._inboxes: dict[int, deque[Update]] = {}
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
         on_progress: Progress | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt; the outputs are in the prompts' order.
 
-        A prompt is a text or a list of token ids; `sampling_params` is one for all or one for each.
-        Every prompt is checked before any is begun: RequestError names the one that cannot be served.
-        `on_progress` counts drawn tokens, of the most that max_tokens allows.
-        Collective under a launcher: every rank passes the same arguments.
+        A prompt is a text or a list of token ids; `sampling_params` is one for all or one for each. Every
+        prompt is checked before any is begun: RequestError names the one that cannot be served.
+        `on_progress` counts drawn tokens, of the most that max_tokens allows; without it `use_tqdm` shows a
+        bar on a terminal when it takes long. Collective under a launcher: every rank passes the same
+        arguments.
         """
+        requests = self._checked(prompts, sampling_params)
+        with ExitStack() as stack:
+            if on_progress is None:
+                is_shown = use_tqdm and self._is_first and sys.stderr.isatty()
+                on_progress = stack.enter_context(TerminalProgress(is_shown=is_shown))
+            ids = self._begin(requests, is_streamed=False)
+            stack.callback(self._end, ids)
+            most, done = sum(map(self.engine.max_new_tokens, requests)), 0
+            outputs: dict[int, RequestOutput] = {}
+            while len(outputs) < len(ids):
+                for update in self._news(ids):
+                    done += len(update.token_ids)
+                    if update.output is not None:
+                        outputs[update.request_id] = update.output
+                on_progress("generating tokens", done, most)
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Update]:
+        """Continue one prompt, and say what each step adds; the last update has the whole output.
+
+        Checked at once, begun with the first `next`; closing the iterator cancels it. Several streams, and
+        `generate`, may take turns: whoever is asked computes for all. Collective under a launcher, each
+        `next`.
+        """
+        [request] = self._checked([prompt], sampling_params)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[Update]:
+        ids, is_over = self._begin([request], is_streamed=True), False
+        try:
+            while not is_over:
+                for update in self._news(ids):
+                    is_over = update.output is not None
+                    yield update
+        finally:
+            self._end(ids)
+
+    def _checked(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
         if self._is_closed:
             raise YalisError("this LLM is closed; make a new one")
-        requests = check_requests(
+        return check_requests(
             prompts,
             sampling_params,
             tokenizer=self.tokenizer,
@@ -120,19 +194,40 @@ class LLM:
             vocab_size=self.config.vocab_size,
             max_model_len=self.max_model_len,
         )
+
+    def _begin(self, requests: list[Request], *, is_streamed: bool) -> list[int]:
         self._executor.agree(hashlib.sha256(repr(requests).encode()).digest())
-        outputs: dict[int, RequestOutput] = {}
-        try:
-            ids = [self.engine.add(request) for request in requests]
-            first, most = self.engine.num_drawn_tokens, self.engine.num_tokens_to_draw
-            while self.engine.has_work:
-                outputs |= self.engine.step()
-                if on_progress:
-                    on_progress("generating tokens", self.engine.num_drawn_tokens - first, most)
-        except BaseException:
-            self.engine.drop_all()
-            raise
-        return [outputs[request_id] for request_id in ids]
+        for request in requests:
+            self.engine.check(request)
+        ids = [self.engine.add(request, is_streamed=is_streamed) for request in requests]
+        inbox: deque[Update] = deque()  # one for all: they are asked for together
+        self._inboxes.update((request_id, inbox) for request_id in ids)
+        return ids
+
+    def _end(self, ids: list[int]) -> None:
+        """Forget these requests, finished or not."""
+        for request_id in ids:
+            self.engine.cancel(request_id)
+            self._inboxes.pop(request_id, None)
+
+    def _news(self, ids: list[int]) -> list[Update]:
+        """What is new of the requests that were begun together; computes a step when nothing is yet."""
+        inbox = self._inboxes[ids[0]]
+        if not inbox:
+            if self._is_closed:
+                raise YalisError("this LLM is closed; make a new one")
+            if not any(map(self.engine.is_under_way, ids)):
+                raise YalisError(
+                    "the request was cancelled, or dropped when a step failed; begin it again"
+                )
+            for update in self.engine.step():
+                if (
+                    update.request_id in self._inboxes
+                ):  # others, added to the engine itself, have none
+                    self._inboxes[update.request_id].append(update)
+        news = list(inbox)
+        inbox.clear()
+        return news
 
     def describe_all_reduce(self) -> dict[str, Any]:
         """Which all-reduce runs and how often it has run, as rank 0 counts it."""

@@ -2,10 +2,11 @@
 """What the driver and its workers say to each other. Each value is pickled over a private socket pair.
 
     driver  Start ->           Execute ->             Describe ->           Stop ->
-    worker        <- Ready                <- Tokens *            <- Answer *           (exits)
+    worker        <- Ready                <- Result *            <- Answer *           (exits)
 
 Rank 0 alone sends what is marked with a star, and LoadProgress before Ready; any rank may send Failed at any
-time, and then exits. The other ranks stay silent, so that a step costs the driver one wake-up.
+time, and then exits. The other ranks stay silent, so that a step costs the driver one wake-up. The driver
+may send an Execute before the Result of the one before it has come; results come in order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from yalis.config import ModelConfig
-from yalis.core import Batch
+from yalis.core import Batch, StepResult
 from yalis.options import EngineOptions
 
 
@@ -50,12 +51,12 @@ class LoadProgress:
 
 @dataclass(frozen=True)
 class Ready:
-    pass
+    num_blocks: int  # of cache; the same on all ranks
 
 
 @dataclass(frozen=True)
-class Tokens:
-    token_ids: list[int]
+class Result:
+    result: StepResult
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,11 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
-    kv_cache_memory_bytes: int = 4 << 30
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    async_scheduling: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,9 +44,18 @@ class EngineOptions:
             "num_nodes",
             "max_num_seqs",
             "max_num_batched_tokens",
-            "kv_cache_memory_bytes",
+            "block_size",
         ):
             _require_count(name, getattr(self, name))
+        if self.kv_cache_memory_bytes is not None:
+            _require_count("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share!r}; give a number above 0 and at most 1"
+            )
+        _require_one_of("enable_prefix_caching", self.enable_prefix_caching, (True, False))
+        _require_one_of("async_scheduling", self.async_scheduling, (None, True, False))
         if self.pipeline_parallel_size != 1:
             raise ConfigError(
                 f"pipeline_parallel_size is {self.pipeline_parallel_size}; only 1 is supported yet. "
@@ -109,16 +122,13 @@ class EngineOptions:
     def resolved_max_model_len(self, model: ModelConfig) -> int:
         return self.max_model_len or model.max_position_embeddings
 
+    def depth(self, *, is_asynchronous: bool) -> int:
+        """How many steps to have under way, where a step does or does not run by itself once begun."""
+        wants = is_asynchronous if self.async_scheduling is None else self.async_scheduling
+        return 2 if wants else 1
+
     def resolved_dtype(self, model: ModelConfig) -> str:
         return model.dtype if self.dtype == "auto" else self.dtype
-
-    def num_cache_tokens(self, model: ModelConfig) -> int:
-        """How many tokens' keys and values one rank keeps: what the memory holds, if it can be used."""
-        bytes_per_value = 4 if self.resolved_dtype(model) == "float32" else 2
-        kv_heads = max(1, model.num_key_value_heads // self.tensor_parallel_size)
-        per_token = 2 * model.num_hidden_layers * kv_heads * model.head_dim * bytes_per_value
-        useful = self.max_num_seqs * self.resolved_max_model_len(model)
-        return max(1, min(useful, self.kv_cache_memory_bytes // per_token))
 
 
 def divides_kv(num_kv_heads: int, tensor_parallel_size: int) -> bool:
@@ -131,6 +141,6 @@ def _require_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}; give an integer of at least 1")
 
 
-def _require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _require_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")

@@ -11,7 +11,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-_QUIET_S = 1.0  # a phase shorter than this says nothing in a log
+_QUIET_S = 1.0  # a phase shorter than this says nothing
 _LINE_INTERVAL_S = 5.0
 
 
@@ -21,17 +21,11 @@ class TerminalProgress:
     def __init__(self, *, is_shown: bool = True) -> None:
         self._is_shown = is_shown
         self._phase = ""
-        self._next_line_s = 0.0
+        self._next_line_s = 0.0  # or the bar's, when it first comes
         self._stack = ExitStack()
         self._bars: Progress | None = None
 
     def __enter__(self) -> TerminalProgress:
-        if self._is_shown and sys.stderr.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-            bars = Progress(
-                *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True
-            )
-            self._bars = self._stack.enter_context(bars)
         return self
 
     def __exit__(
@@ -45,16 +39,21 @@ class TerminalProgress:
     def __call__(self, phase: str, done: int, total: int) -> None:
         if not self._is_shown:
             return
-        is_new = phase != self._phase
-        self._phase = phase
-        if self._bars is not None:
-            if is_new:
-                for task_id in self._bars.task_ids:
-                    self._bars.remove_task(task_id)
-                self._bars.add_task(phase, total=total)
+        if phase != self._phase:
+            self._phase, self._next_line_s = phase, time.monotonic() + _QUIET_S
+            self._stack.close()
+            self._bars = None
+        elif self._bars is not None:
             self._bars.update(self._bars.task_ids[-1], completed=done, total=total)
-        elif is_new:
-            self._next_line_s = time.monotonic() + _QUIET_S
         elif time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _LINE_INTERVAL_S
-            print(f"{phase}: {done} of {total}", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                self._bars = self._stack.enter_context(_bar())
+                self._bars.add_task(phase, completed=done, total=total)
+            else:
+                print(f"{phase}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+def _bar() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)

@@ -28,6 +28,12 @@ def check_requests(
     params = _per_prompt(sampling_params, len(listed))
     if tokenizer is None and any(p.stop_strings for p in params):
         raise RequestError(f"stop strings need {folder}/tokenizer.json, which is missing; add it")
+    for token_id in {token_id for p in params for token_id in p.stop_token_ids}:
+        if token_id >= vocab_size:
+            raise RequestError(
+                f"stop_token_ids has {token_id}; give integers from 0 to {vocab_size - 1}, the model's "
+                "vocabulary"
+            )
     requests = []
     for idx, (prompt, its_params) in enumerate(zip(listed, params, strict=True)):
         text = prompt if isinstance(prompt, str) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's model, cache and sampler: computes a batch. Thinks in tensors, knows no requests."""
+"""One rank's model and cache: computes batches. Thinks in tensors, knows no requests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from yalis.attention import AttentionBackend, CacheShape
 from yalis.attention.sdpa import SdpaAttention
 from yalis.config import ModelConfig
-from yalis.core import Batch
+from yalis.core import Batch, NewBlocks
+from yalis.drawing import Drawing, PendingStep
+from yalis.inputs import InputPreparer, StepInputs
+from yalis.memory import cache_bytes, num_blocks_in
 from yalis.models.decoder import CausalLM
 from yalis.options import EngineOptions
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.parallel.split import kv_head_split
-from yalis.sampler import Sampler
+from yalis.trace import trace_on
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights
 from yalis.weights.loader import Progress, WeightSource, check_weights, load_weights
@@ -33,49 +37,100 @@ class Runner:
         on_progress: Progress | None = None,
     ) -> None:
         dtype = getattr(torch, options.resolved_dtype(config))
-        self._tp, self._device = tp, device
+        self._options, self._config, self._tp, self._device = options, config, tp, device
+        self._trace = trace_on(device.type)
         self.model = CausalLM(config, Placement(tp, dtype, device))
         load_weights(self.model, open_weights(options), on_progress)
-        self.sampler = Sampler(options.max_num_seqs, config.vocab_size, device)
-        self.attention = SdpaAttention(
-            config.num_hidden_layers,
-            options.num_cache_tokens(config),
-            len(kv_head_split(config.num_key_value_heads, tp.size, tp.rank)),
-            config.head_dim,
-            dtype,
-            device,
+        self._cache_shape = CacheShape(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=len(kv_head_split(config.num_key_value_heads, tp.size, tp.rank)),
+            head_dim=config.head_dim,
+            block_size=options.block_size,
+            dtype=dtype,
         )
+        num_bytes = tp.minimum(cache_bytes(options, device, self._warm_up), device)
+        self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
+        self._attention, self._inputs = self._make_cache(self.num_blocks)
+        self._drawing = Drawing(tp, options.max_num_seqs, config.vocab_size, device)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[int]:
-        """The next token of each sequence, on rank 0; an empty list elsewhere."""
-        hidden = self.forward(batch)
-        last = torch.tensor(batch.num_new, device=self._device).cumsum(0) - 1
-        logits = self.model.compute_logits(hidden[last])
-        if logits is None:
-            return []
-        return self.sampler.sample(logits, batch.draws).token_ids.tolist()
+    def execute(self, batch: Batch) -> PendingStep:
+        """Compute a step; returns, on a GPU, before it has run. Its tokens are every rank's to wait for,
+        the log probabilities rank 0's.
+        """
+        with self._trace("prepare"):
+            inputs = self._inputs.assemble(self._inputs.upload(batch))
+            self._drawing.admit(batch.admissions)
+        with self._trace("forward"):
+            hidden = self._forward(inputs)
+            logits = self._logits(hidden, inputs) if batch.num_draws else None
+        with self._trace("sample"):
+            drawn = self._drawing.draw(batch, logits)
+            self._inputs.remember(inputs.drawing_slots, drawn.token_ids)
+            return PendingStep(drawn)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """`[num_tokens, hidden]`: the last layer's normalised output for every new token."""
-        positions = [
-            position
-            for num_new, num_cached in zip(batch.num_new, batch.num_cached, strict=True)
-            for position in range(num_cached, num_cached + num_new)
-        ]
-        hidden: Tensor = self.model(
-            torch.tensor(batch.token_ids, device=self._device),
-            torch.tensor(positions, device=self._device),
-            self.attention.prepare(batch),
-        )
-        return hidden
+        return self._forward(self._inputs.assemble(self._inputs.upload(batch)))
 
     def describe_all_reduce(self) -> dict[str, Any]:
         return self._tp.all_reduce.describe()
 
     def close(self) -> None:
         self._tp.all_reduce.close()
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        attend = self._attention.prepare(inputs.attention)
+        hidden: Tensor = self.model(inputs.token_ids, inputs.positions, attend)
+        return hidden
+
+    def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor | None:
+        if inputs.drawing_rows is not None:
+            hidden = hidden.index_select(0, inputs.drawing_rows)
+        return self.model.compute_logits(hidden)
+
+    def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
+        options, device = self._options, self._device
+        # The last block is for rows that pad a batch.
+        attention = SdpaAttention(self._cache_shape, num_blocks + 1, device)
+        inputs = InputPreparer(
+            max_num_seqs=options.max_num_seqs,
+            max_num_tokens=options.max_num_batched_tokens,
+            max_model_len=options.resolved_max_model_len(self._config),
+            block_size=options.block_size,
+            num_blocks=num_blocks,
+            device=device,
+        )
+        return attention, inputs
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Run the largest step there can be, over a cache of one block. Collective."""
+        self._attention, self._inputs = self._make_cache(1)
+        batch = largest_batch(self._options, self._options.resolved_max_model_len(self._config))
+        hidden = self.forward(batch)
+        self.model.compute_logits(hidden[: self._options.max_num_seqs])
+        del self._attention, self._inputs
+
+
+def largest_batch(options: EngineOptions, max_model_len: int) -> Batch:
+    """Prompts of as many tokens as a step may have, all of them in block 0."""
+    num_left = options.max_num_batched_tokens
+    lengths: list[int] = []
+    while num_left and len(lengths) < options.max_num_seqs:
+        lengths.append(min(num_left, max_model_len))
+        num_left -= lengths[-1]
+    num_blocks = [-(-length // options.block_size) for length in lengths]
+    return Batch(
+        num_decodes=0,
+        slots=tuple(range(len(lengths))),
+        num_cached=(0,) * len(lengths),
+        num_new=tuple(lengths),
+        token_ids=(0,) * sum(lengths),
+        is_drawing=(True,) * len(lengths),
+        new_blocks=tuple(NewBlocks(slot, 0, (0,) * n) for slot, n in enumerate(num_blocks)),
+    )
 
 
 def open_weights(options: EngineOptions) -> WeightSource:

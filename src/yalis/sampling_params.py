@@ -5,25 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from yalis.errors import RequestError
 
 MAX_LOGPROBS = 20  # alternatives reported beside each token; vLLM's default bound
 
 _SEED_BOUND = 2**63
-# Fields that the engine does not act on yet: refused, because ignoring them would be a lie.
-_NOT_YET = frozenset(
-    (
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "stop_token_ids",
-        "min_tokens",
-        "logprobs",
-        "n",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -82,12 +70,6 @@ class SamplingParams:
             not _is_int(self.seed) or not -_SEED_BOUND <= self.seed < _SEED_BOUND
         ):
             raise RequestError(f"seed is {self.seed!r}; give a 64-bit signed integer or None")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in _NOT_YET and value != field.default:
-                raise RequestError(
-                    f"{field.name} is {value!r}, which the engine cannot do yet; leave it out"
-                )
 
     def _check_counts(self) -> None:
         if not _is_int(self.max_tokens) or self.max_tokens < 1:

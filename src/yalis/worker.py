@@ -16,13 +16,15 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from nvrar.launch import Seat
 from yalis.device import pick_device
-from yalis.messages import Answer, Describe, Execute, Failed, LoadProgress, Ready, Start, Tokens
+from yalis.drawing import PendingStep
+from yalis.messages import Answer, Describe, Execute, Failed, LoadProgress, Ready, Result, Start
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
 from yalis.parallel.launcher import detect
 from yalis.runner import Runner
@@ -33,38 +35,67 @@ _PROGRESS_INTERVAL_S = 0.1
 
 def main() -> None:
     _die_with_parent()
-    connection = Connection(int(sys.argv[1]))
+    voice = _Voice(Connection(int(sys.argv[1])))
     try:
         place = detect(os.environ)
         assert place is not None, "the driver sets RANK and WORLD_SIZE"
-        _obey(connection, place)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(1)  # the driver is gone: nobody is left to tell
+        _obey(voice, place)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            connection.send(Failed.of(error))
-        # Not by returning: the exit handlers of a broken process group may wait for dead peers.
-        os._exit(1)
+        voice.fail(error)
 
 
-def _obey(connection: Connection, place: Seat) -> None:
-    start: Start = connection.recv()
-    runner = _make_runner(start, place, _progress_sender(connection) if place.rank == 0 else None)
-    connection.send(Ready())
+def _obey(voice: _Voice, place: Seat) -> None:
+    start: Start = voice.receive()
+    runner = _make_runner(start, place, _progress_sender(voice) if place.rank == 0 else None)
+    voice.send(Ready(runner.num_blocks))
+    results: SimpleQueue[PendingStep] = SimpleQueue()
+    if place.rank == 0:
+        # Of its own thread, so that the next step begins while this one's result is waited for.
+        threading.Thread(target=_send_results, args=(voice, results), daemon=True).start()
     while True:
-        message = connection.recv()
+        message = voice.receive()
         if isinstance(message, Execute):
-            token_ids = runner.execute(message.batch)
-            answer: Any = Tokens(token_ids)
+            pending = runner.execute(message.batch)
+            if place.rank == 0:
+                results.put(pending)
         elif isinstance(message, Describe):
-            answer = Answer(runner.describe_all_reduce())
+            if place.rank == 0:
+                voice.send(Answer(runner.describe_all_reduce()))
         else:
             break
-        if place.rank == 0:
-            connection.send(answer)
     runner.close()
     dist.destroy_process_group()
     os._exit(0)  # all is said and closed: skip the interpreter's slow farewell
+
+
+def _send_results(voice: _Voice, results: SimpleQueue[PendingStep]) -> None:
+    try:
+        while True:
+            voice.send(Result(results.get().wait()))
+    except BaseException as error:
+        voice.fail(error)
+
+
+class _Voice:
+    """The connection to the driver, for several threads to speak into."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    def receive(self) -> Any:
+        return self._connection.recv()
+
+    def send(self, message: object) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Say why, if anybody is left to hear it, and end the process."""
+        if not isinstance(error, (EOFError, BrokenPipeError, ConnectionResetError)):
+            with contextlib.suppress(OSError):
+                self.send(Failed.of(error))
+        # Not by returning: the exit handlers of a broken process group may wait for dead peers.
+        os._exit(1)
 
 
 def _make_runner(
@@ -79,14 +110,14 @@ def _make_runner(
     return Runner(options, start.config, tp, device, on_progress)
 
 
-def _progress_sender(connection: Connection) -> Callable[[str, int, int], None]:
+def _progress_sender(voice: _Voice) -> Callable[[str, int, int], None]:
     next_at_s = 0.0
 
     def send(phase: str, done: int, total: int) -> None:
         nonlocal next_at_s
         if done == total or time.monotonic() >= next_at_s:
             next_at_s = time.monotonic() + _PROGRESS_INTERVAL_S
-            connection.send(LoadProgress(phase, done, total))
+            voice.send(LoadProgress(phase, done, total))
 
     return send
 

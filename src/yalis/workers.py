@@ -8,17 +8,17 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
-
 import nvrar
 from yalis.config import ModelConfig
-from yalis.core import Batch
-from yalis.device import require_gpus
+from yalis.core import Batch, StepResult
+from yalis.device import device_type, require_gpus
 from yalis.errors import ConfigError, WorkerError
 from yalis.messages import (
     Answer,
@@ -27,9 +27,9 @@ from yalis.messages import (
     Failed,
     LoadProgress,
     Ready,
+    Result,
     Start,
     Stop,
-    Tokens,
 )
 from yalis.options import EngineOptions
 from yalis.parallel.group import open_store
@@ -73,18 +73,31 @@ class WorkerGroup:
                 theirs.close()
         self._connections = [Connection(ours.detach()) for ours, _ in pairs]
         self._failure: WorkerError | None = None
+        self.depth = options.depth(is_asynchronous=True)
+        self._num_under_way = 0
+        self._results: deque[StepResult] = deque()
         if on_progress:
             on_progress("starting workers", 0, num_ranks)
         self._send(Start(options, config))
-        self._receive(set(range(num_ranks)), Ready, on_progress)
+        self.num_blocks = self._receive(set(range(num_ranks)), Ready, on_progress).num_blocks
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._group.processes]
 
-    def execute(self, batch: Batch) -> list[int]:
+    def submit(self, batch: Batch) -> None:
         self._send(Execute(batch))
-        return self._receive({0}, Tokens).token_ids
+        self._num_under_way += 1
+
+    def result(self) -> StepResult:
+        if not self._results:
+            self._results.append(self._receive({0}, Result).result)
+        self._num_under_way -= 1
+        return self._results.popleft()
+
+    def drain(self) -> None:
+        while self._num_under_way and self._failure is None:
+            self.result()
 
     def agree(self, digest: bytes) -> None:
         pass  # one driver: there is nobody to disagree with
@@ -108,11 +121,15 @@ class WorkerGroup:
     def _send(self, message: object) -> None:
         if self._failure is not None:
             raise self._failure
-        for connection in self._connections:
-            try:
-                connection.send(message)
-            except OSError:
-                raise self._fail() from None
+        data = ForkingPickler.dumps(message)  # what `recv` undoes, once for all ranks
+        try:
+            for connection in self._connections:
+                connection.send_bytes(data)
+        except OSError:
+            raise self._fail() from None
+        except BaseException:
+            self._end_by_interrupt()
+            raise
 
     def _receive(self, ranks: set[int], kind: type[T], on_progress: Progress | None = None) -> T:
         """Wait for one message of `kind` from each of `ranks`; the last one. Any bad news ends it."""
@@ -126,6 +143,8 @@ class WorkerGroup:
                         missing.discard(rank)
                         if not missing:
                             return message
+                    elif isinstance(message, Result):
+                        self._results.append(message.result)
                     elif isinstance(message, LoadProgress):
                         if on_progress:
                             on_progress(message.phase, message.done, message.total)
@@ -134,9 +153,7 @@ class WorkerGroup:
         except WorkerError:
             raise
         except BaseException:
-            # An interrupt, or an error in on_progress: the ranks are in the middle of something.
-            self._failure = WorkerError("an interrupt stopped the workers; make a new LLM")
-            self._end()
+            self._end_by_interrupt()
             raise
 
     def _fail(self, reports: Mapping[int, Failed] | None = None) -> WorkerError:
@@ -161,6 +178,11 @@ class WorkerGroup:
         self._end()
         self._failure = WorkerError(_describe(words, self._group.own_exits(), self.pids))
         return self._failure
+
+    def _end_by_interrupt(self) -> None:
+        """An interrupt, or an error in on_progress: the ranks are in the middle of something."""
+        self._failure = WorkerError("an interrupt stopped the workers; make a new LLM")
+        self._end()
 
     def _end(self) -> None:
         self._group.kill()
@@ -196,10 +218,7 @@ def _describe(words: Mapping[int, Failed], exits: Mapping[int, int], pids: list[
 
 def _check(options: EngineOptions) -> None:
     num_ranks = options.tensor_parallel_size
-    wants_gpus = options.device == "cuda" or (
-        options.device == "auto" and torch.cuda.is_available()
-    )
-    if wants_gpus:
+    if device_type(options.device) == "cuda":
         require_gpus(num_ranks)
     if options.all_reduce == "nvrar" and options.all_reduce_plan != "auto":
         topology = nvrar.Topology(options.num_nodes, num_ranks // options.num_nodes)

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from yalis import LLM, SamplingParams, WorkerError
-from yalis.core import Batch
-from yalis.sampling_params import Draw
+from yalis.core import Batch, NewBlocks
 from yalis.testing import make_checkpoint
 from yalis.workers import WorkerGroup
 
@@ -106,11 +105,10 @@ def test_a_rank_that_raises_is_quoted_while_its_peer_waits_for_it(model: str) ->
 
 def test_an_error_in_the_model_is_quoted(model: str) -> None:
     llm, pids = start(model)
-    far_outside = Batch((5,), (1,), (0,), (10**9,), (Draw(SamplingParams(), 0, 0),))
-    with pytest.raises(
-        WorkerError, match=r"rank [01] failed: IndexError: start out of range"
-    ) as caught:
-        llm._executor.execute(far_outside)
+    far_outside = Batch(0, (0,), (0,), (1,), (5,), (True,), new_blocks=(NewBlocks(0, 0, (10**7,)),))
+    llm._executor.submit(far_outside)
+    with pytest.raises(WorkerError, match=r"rank [01] failed: IndexError: index") as caught:
+        llm._executor.result()
     assert "sdpa.py" in str(caught.value)
     assert_gone(pids, within_s=0)
 

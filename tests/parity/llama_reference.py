@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from yalis.config import ModelConfig
-from yalis.core import Batch
+from yalis.core import Batch, NewBlocks
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel
 from yalis.runner import Runner
@@ -55,9 +55,17 @@ def make_runner(folder: Path, **options: Any) -> Runner:
     return Runner(EngineOptions(str(folder), **options), config, TensorParallel.single(), device)
 
 
-def make_batch(token_ids: list[list[int]], num_cached: list[int], starts: list[int]) -> Batch:
-    flat = tuple(token_id for ids in token_ids for token_id in ids)
-    return Batch(flat, tuple(map(len, token_ids)), tuple(num_cached), tuple(starts), ())
+def make_batch(token_ids: list[list[int]], num_cached: list[int], slots: list[int]) -> Batch:
+    """Chunks of several sequences. A slot's blocks lie scattered: every eighth from its own number on."""
+    return Batch(
+        num_decodes=0,
+        slots=tuple(slots),
+        num_cached=tuple(num_cached),
+        num_new=tuple(map(len, token_ids)),
+        token_ids=tuple(token_id for ids in token_ids for token_id in ids),
+        is_drawing=(False,) * len(slots),
+        new_blocks=tuple(NewBlocks(slot, 0, tuple(range(slot, 128, 8))) for slot in slots),
+    )
 
 
 def all_logits(runner: Runner, batch: Batch) -> torch.Tensor:

@@ -94,14 +94,14 @@ def test_logits_of_a_ragged_batch_are_those_of_transformers(name: str, tmp_path:
     runner = make_runner(tmp_path)
     generator = torch.Generator().manual_seed(2)
     vocab_size = model.config.vocab_size
-    lengths, starts = [1, 200, 17], [300, 0, 240]
+    lengths, slots = [1, 200, 17], [5, 0, 3]
     prompts = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    got = all_logits(runner, make_batch(prompts, [0, 0, 0], starts)).split(lengths)
+    got = all_logits(runner, make_batch(prompts, [0, 0, 0], slots)).split(lengths)
     for logits, prompt in zip(got, prompts, strict=True):
         torch.testing.assert_close(logits, reference_logits(model, prompt), atol=1e-4, rtol=0)
     # Then from the cache: one more token for one, several for another, none for the third.
     more = [[5], [7, 9, 11]]
-    got = all_logits(runner, make_batch(more, [1, 17], [300, 240])).split([1, 3])
+    got = all_logits(runner, make_batch(more, [1, 17], [5, 3])).split([1, 3])
     for logits, prompt, new in zip(got, (prompts[0], prompts[2]), more, strict=True):
         want = reference_logits(model, prompt + new)[-len(new) :]
         torch.testing.assert_close(logits, want, atol=1e-4, rtol=0)

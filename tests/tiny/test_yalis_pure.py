@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that decide without tensors: splits, launchers, the scheduler, the text of growing tokens."""
+"""The parts that decide without tensors: splits, launchers, the text of growing tokens."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ from hypothesis import strategies as st
 
 from nvrar.launch import Seat
 from yalis import ConfigError
-from yalis.core import Request, SamplingParams, Sequence
 from yalis.parallel.launcher import detect
 from yalis.parallel.split import even_split, kv_head_split, padded_split
-from yalis.scheduler import Scheduler, make_batch
 from yalis.testing import make_checkpoint
 from yalis.tokenizer import Detokenizer, Tokenizer
 
@@ -100,50 +97,6 @@ def test_a_batch_script_is_no_srun_task() -> None:
 def test_contradicting_variables_are_an_error(wrong: dict[str, str]) -> None:
     with pytest.raises(ConfigError):
         detect(TORCHRUN | wrong)
-
-
-@settings(deadline=None)
-@given(
-    st.integers(1, 5), st.integers(1, 40), st.integers(20, 100), st.randoms(use_true_random=False)
-)
-def test_the_scheduler_serves_all_within_its_bounds(
-    max_num_seqs: int, max_tokens: int, num_cache_tokens: int, rng: random.Random
-) -> None:
-    scheduler = Scheduler(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-        num_cache_tokens=num_cache_tokens,
-    )
-    sequences = []
-    for number in range(rng.randint(1, 12)):
-        num_prompt = rng.randint(1, 19)
-        max_len = rng.randint(num_prompt + 1, 20)
-        ids = tuple(range(num_prompt))
-        sequences.append(Sequence(number, Request(None, ids, SamplingParams()), 0, max_len))
-        scheduler.add(sequences[-1])
-    written: dict[int, set[int]] = {sequence.request_id: set() for sequence in sequences}
-    while scheduler.has_work:
-        step = scheduler.schedule()
-        batch = make_batch(step)
-        assert 0 < len(step) <= max_num_seqs
-        assert len(batch.token_ids) == sum(batch.num_new)
-        if not any(batch.num_cached) and len(step) > 1:
-            assert len(batch.token_ids) <= max_tokens
-        for sequence, new, cached, start in zip(
-            step, batch.num_new, batch.num_cached, batch.starts, strict=True
-        ):
-            cells = set(range(start + cached, start + cached + new))
-            assert max(cells) < num_cache_tokens
-            others = [s for s in sequences if s is not sequence and not s.is_finished]
-            assert all(cells.isdisjoint(written[other.request_id]) for other in others)
-            # What was written before is where this step will look for it.
-            assert written[sequence.request_id] == set(range(start, start + cached))
-            written[sequence.request_id] |= cells
-            sequence.output_token_ids.append(7)
-            if len(sequence) == sequence.max_len or rng.random() < 0.1:
-                sequence.finish_reason = "length"
-        scheduler.collect(step)
-    assert all(sequence.is_finished for sequence in sequences)
 
 
 @pytest.fixture(scope="module")

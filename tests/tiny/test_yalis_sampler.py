@@ -101,20 +101,14 @@ MIXED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def mixed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr("yalis.sampling_params._NOT_YET", frozenset())
-    return MIXED
-
-
 @pytest.mark.parametrize("portion", [1, 250, 1 << 24])
 def test_a_row_is_drawn_the_same_alone_and_in_any_company(
-    portion: int, mixed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    portion: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("yalis.sampler._PORTION", portion)
     generator = torch.Generator().manual_seed(2)
-    logits = 3 * torch.randn(4 * len(mixed), 90, generator=generator)
-    draws = [draw(seed=row, slot=row, **mixed[row % len(mixed)]) for row in range(len(logits))]
+    logits = 3 * torch.randn(4 * len(MIXED), 90, generator=generator)
+    draws = [draw(seed=row, slot=row, **MIXED[row % len(MIXED)]) for row in range(len(logits))]
     order = torch.randperm(len(logits), generator=generator).tolist()
     samplers = [Sampler(len(draws), 90, torch.device("cpu")) for _ in range(3)]
     for sampler in samplers:
@@ -126,7 +120,7 @@ def test_a_row_is_drawn_the_same_alone_and_in_any_company(
     for row in range(len(draws)):
         alone = samplers[2].sample(logits[row : row + 1], draws[row : row + 1]).token_ids
         assert alone == together[row]
-    greedy = [row for row in range(len(draws)) if row % len(mixed) == 0]
+    greedy = [row for row in range(len(draws)) if row % len(MIXED) == 0]
     assert torch.equal(together[greedy], logits.argmax(dim=-1)[greedy])
 
 
@@ -151,7 +145,7 @@ def penalised(
     "penalties", [(1.5, 0, 0), (0.6, 0, 0), (1, 1.2, 0), (1, 0, 0.7), (1.3, -1.5, 2.0)]
 )
 def test_greedy_text_under_penalties_is_that_of_the_definition(
-    penalties: tuple[float, float, float], mixed: object
+    penalties: tuple[float, float, float],
 ) -> None:
     names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     params = SamplingParams(temperature=0, **dict(zip(names, penalties, strict=True)))
@@ -180,7 +174,7 @@ def test_banned_tokens_are_never_drawn() -> None:
     assert (logits[:, 2] == 9).all()
 
 
-def test_logprobs_are_of_the_model_whatever_the_filters(mixed: object) -> None:
+def test_logprobs_are_of_the_model_whatever_the_filters() -> None:
     logits = 2 * torch.randn(4, 30, generator=torch.Generator().manual_seed(5))
     draws = [
         draw(logprobs=3, top_k=2, banned=(int(logits[0].argmax()),)),

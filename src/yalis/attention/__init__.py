@@ -1,16 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over the cache of keys and values: what a model asks for, whoever computes it.
+"""Attention over a paged cache of keys and values: what a model asks for, whoever computes it.
 
-A backend owns the cache, because its layout is the backend's own business.
+A backend owns the cache, because its layout is the backend's own business. The cache is an array of blocks;
+a sequence's tokens lie in the blocks of its table, `block_size` to a block, in order.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from yalis.core import Batch
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one rank keeps of every token, and how many tokens make a block."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return per_token * self.block_size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the rows of one step lie: made once a step, the same for all layers. n sequences, t new tokens.
+
+    - `query_starts` `[n + 1]` int32: sequence i has the rows from entry i up to entry i + 1.
+    - `seq_lens` `[n]` int32: its tokens in the cache once this step's are stored.
+    - `block_tables` `[n, width]` int32: its blocks; entries past its length name a block that exists, but
+      that is not its own.
+    - `cache_indices` `[t]` int32: block * block_size + offset of each new token (vLLM's slot_mapping).
+
+    All on the model's device. The first `num_decodes` sequences have one new token each. `max_query_len` and
+    `max_seq_len` are bounds known to the host. In a CUDA graph the tensors keep their addresses, the
+    contents and with them the lengths change from replay to replay, and `max_seq_len` is the model's
+    greatest length. Rows that pad a graph's batch have length 1 in a block of their own, past those that are
+    handed out. What a block holds past a sequence's length may be NaN: it must be left out, not multiplied
+    by zero.
+    """
+
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    query_starts: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    cache_indices: Tensor
 
 
 class AttentionStep(Protocol):
@@ -19,13 +63,17 @@ class AttentionStep(Protocol):
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v of the new tokens, then attend from q to everything its sequence has stored.
 
-        q `[num_tokens, num_heads, head_dim]`; k and v `[num_tokens, num_kv_heads, head_dim]`; returns
+        All rows are stored before any attends, because sequences of one step may share blocks. q
+        `[num_tokens, num_heads, head_dim]`; k and v `[num_tokens, num_kv_heads, head_dim]`; returns
         q's shape. Causal: a token sees its own sequence, up to itself, and nothing else.
         """
         ...
 
 
 class AttentionBackend(Protocol):
-    def prepare(self, batch: Batch) -> AttentionStep:
-        """What the layers of one step share, computed once."""
+    def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
+        """What the layers of one step share, computed once.
+
+        On CUDA it must not wait for the device, and be capturable in a graph.
+        """
         ...

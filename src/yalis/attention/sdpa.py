@@ -1,48 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by torch's scaled_dot_product_attention, one sequence at a time: no padding, any device.
 
-It wins on CPU and as the plain reference for tests. A GPU wants one launch for all sequences, which is
-another backend behind the same interface.
+It wins on CPU and is the plain reference for tests. It reads lengths on the host: a GPU wants one launch for
+all sequences, which is another backend behind the same interface.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from yalis.core import Batch
+from yalis.attention import AttentionMetadata, CacheShape
 
 
 class SdpaAttention:
-    """Keys and values in one tensor each, `[num_layers, num_cache_tokens, num_kv_heads, head_dim]`.
+    """Keys and values in one tensor each, `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`."""
 
-    A sequence owns consecutive cache tokens, from the start that the scheduler chose.
-    """
+    def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device) -> None:
+        size = (shape.num_layers, num_blocks * shape.block_size, shape.num_kv_heads, shape.head_dim)
+        self._block_size = shape.block_size
+        self._keys = torch.empty(size, dtype=shape.dtype, device=device)
+        self._values = torch.empty(size, dtype=shape.dtype, device=device)
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_cache_tokens: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, num_cache_tokens, num_kv_heads, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+    def prepare(self, metadata: AttentionMetadata) -> SdpaStep:
+        starts, lengths = metadata.query_starts.tolist(), metadata.seq_lens.tolist()
+        tables = metadata.block_tables.cpu().numpy()
+        spans = [
+            _Span(start, stop - start, length, self._place(table, length))
+            for start, stop, length, table in zip(
+                starts[:-1], starts[1:], lengths, tables, strict=True
+            )
+        ]
+        return SdpaStep(self._keys, self._values, metadata.cache_indices.long(), tuple(spans))
 
-    def prepare(self, batch: Batch) -> SdpaStep:
-        spans, row = [], 0
-        for num_new, num_cached, start in zip(
-            batch.num_new, batch.num_cached, batch.starts, strict=True
-        ):
-            spans.append(_Span(row, num_new, num_cached, start))
-            row += num_new
-        return SdpaStep(self._keys, self._values, tuple(spans))
+    def _place(self, table: NDArray[np.int32], length: int) -> int | Tensor:
+        """The first of a sequence's cache places if they follow each other, else all of them `[length]`."""
+        size = self._block_size
+        blocks = table[: -(-length // size)]
+        if (np.diff(blocks) == 1).all():
+            return int(blocks[0]) * size
+        places = (blocks[:, None].astype(np.int64) * size + np.arange(size)).reshape(-1)[:length]
+        return torch.from_numpy(places).to(self._keys.device)
 
 
 @dataclass(frozen=True)
@@ -51,39 +54,42 @@ class _Span:
 
     row: int
     num_new: int
-    num_cached: int
-    start: int
+    length: int
+    place: int | Tensor
+
+    def of(self, cache: Tensor) -> Tensor:
+        """The sequence's part of one layer's keys or values: a view where its blocks are neighbours."""
+        if isinstance(self.place, int):
+            return cache.narrow(0, self.place, self.length)
+        return cache.index_select(0, self.place)
 
 
 @dataclass(frozen=True)
 class SdpaStep:
     keys: Tensor
     values: Tensor
+    cache_indices: Tensor
     spans: tuple[_Span, ...]
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
-        layer_keys, layer_values = self.keys[layer_idx], self.values[layer_idx]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_copy_(0, self.cache_indices, k)
+        values.index_copy_(0, self.cache_indices, v)
         for span in self.spans:
             rows = slice(span.row, span.row + span.num_new)
-            length = span.num_cached + span.num_new
-            # narrow, not a slice: past the cache's end it raises, where a slice would come up short
-            keys = layer_keys.narrow(0, span.start, length)
-            values = layer_values.narrow(0, span.start, length)
-            keys[span.num_cached :] = k[rows]
-            values[span.num_cached :] = v[rows]
-            out[rows] = _attend(q[rows], keys, values, span.num_cached)
+            out[rows] = _attend(q[rows], span.of(keys), span.of(values))
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, num_cached: int) -> Tensor:
-    """One sequence: q `[num_new, heads, dim]` over k and v `[num_cached + num_new, kv_heads, dim]`.
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence: q `[num_new, heads, dim]`, its last tokens, over k and v `[length, kv_heads, dim]`.
 
     Consecutive query heads share a key head; the group is a dimension of its own, so that keys and
     values are never copied once per query head.
     """
     num_new, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
+    length, num_kv_heads, _ = k.shape
     grouped = q.view(num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if num_new == 1:
         # One token sees everything: let the group of query heads play the part of the tokens.
@@ -92,10 +98,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, num_cached: int) -> Tensor:
     grouped = grouped.permute(1, 2, 0, 3)
     k = k.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
     v = v.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
-    if num_cached == 0:
+    if num_new == length:
         attended = F.scaled_dot_product_attention(grouped, k, v, is_causal=True)
     else:
-        shape = (num_new, num_cached + num_new)
-        mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(num_cached)
+        mask = torch.ones(num_new, length, dtype=torch.bool, device=q.device).tril(length - num_new)
         attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     return attended.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)

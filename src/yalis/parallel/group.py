@@ -46,6 +46,19 @@ class TensorParallel:
         dist.gather(x, parts, group=self.group, group_dst=0)
         return torch.cat(parts, dim=-1) if parts is not None else None
 
+    def broadcast(self, x: Tensor) -> None:
+        """Make `x` rank 0's on every rank, in place. Collective."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The ranks' least `value`. Collective; waits for the device."""
+        if self.size == 1:
+            return value
+        least = torch.tensor(value, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return int(least)
+
 
 def open_store(host: str, port: int, *, is_host: bool) -> TCPStore:
     """The place where ranks first meet. One process hosts it, and port 0 lets it choose a free one."""
