@@ -505,8 +505,8 @@ class Communicator:
         """Why torch's all-reduce takes ``x`` though an executor could; empty if it does not."""
         if x.nbytes > self.max_bytes:
             return self._too_large
-        if self._choice(x.nbytes, x.dtype).by_torch and (x.is_cuda or self._gpu is None):
-            return _FASTER_BY_TORCH
+        if self._chooser.tables and (x.is_cuda or self._gpu is None):
+            return _FASTER_BY_TORCH if self._choice(x.nbytes, x.dtype).by_torch else ""
         return ""
 
 
