@@ -16,8 +16,8 @@ from nvrar.arguments import refusal_of_call
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WORD_BYTES = 8  # whose squares are added first
+_CHUNK_WORDS = 120  # 960 bytes: what a unit of LL128 carries
 _LANES = 32
-_LANE_WORDS = 4
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -26,8 +26,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x, residual: ``[..., hidden]`` of one floating type; weight: ``[hidden]``. fp32 inside, rounded to the
     type after the addition, after the division and after the weight, as transformers' LlamaRMSNorm does.
     The squares are added in one documented order, so that the result has the same bits wherever it is
-    computed: of each 8 bytes in turn; of 1 KB by 32 lanes, 32 bytes each in turn, then the halves of the
-    lanes, and of halves; then the KBs by 32 lanes in turn, then halves.
+    computed: in chunks of 960 bytes, each by 32 lanes (:func:`_dealt_to_lanes`), a lane's words of 8 bytes
+    and their elements in turn, then the halves of the lanes, and of halves; then the chunks by 32 lanes in
+    turn, then halves.
     """
     h = (x.float() + residual.float()).to(x.dtype)
     wide = h.float()
@@ -41,10 +42,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _sum_of_squares(wide: Tensor, per_word: int) -> Tensor:
     """fp32 ``[..., hidden]`` to ``[...]``. Zeros fill up what is short; adding them changes nothing."""
     words = _add_in_turn(_cut(wide * wide, per_word))
-    lanes = _add_in_turn(_cut(words, _LANE_WORDS))
-    slices = _add_halves(_cut(lanes, _LANES))
-    turns = _cut(slices, _LANES)
-    return _add_halves(_add_in_turn(turns.transpose(-1, -2)))
+    chunks = _cut(words, _CHUNK_WORDS)
+    sums = _add_halves(_add_in_turn(_dealt_to_lanes(chunks)))
+    return _add_halves(_add_in_turn(_cut(sums, _LANES).transpose(-1, -2)))
+
+
+def _dealt_to_lanes(chunks: Tensor) -> Tensor:
+    """``[..., 120]`` words to ``[..., 32, 4]``, as LL128 deals them out: in each of four lines seven lanes
+    have two stretches of two words, and the eighth, which carries flags, has one."""
+    *shape, _ = chunks.shape
+    first, second, last = torch.split(chunks, [56, 56, 8], dim=-1)
+    pairs = torch.cat([first.reshape(*shape, 4, 7, 2), second.reshape(*shape, 4, 7, 2)], dim=-1)
+    singles = F.pad(last.reshape(*shape, 4, 1, 2), (0, 2))
+    return torch.cat([pairs, singles], dim=-2).view(*shape, _LANES, 4)
 
 
 def _cut(x: Tensor, length: int) -> Tensor:

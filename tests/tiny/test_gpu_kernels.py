@@ -159,11 +159,14 @@ def test_a_block_covers_its_row(row_bytes, word, packets):
     plan, rows = Plan.parse(word), layout.Rows(5, row_bytes)
     units = rows.units_of_row(plan, packets)
     assert units * layout.num_parts(plan) * packets.data_bytes >= row_bytes
-    shape = rows.launch_shape(plan, packets, most_blocks=3)
-    assert shape.blocks == 3
-    assert shape.threads % 32 == 0
-    assert 32 <= shape.threads <= layout.most_threads(plan)
-    assert rows.shared_bytes() <= 48 << 10  # what a kernel has without asking
+    for has_clusters, most_blocks in ((False, 3), (True, 3), (True, 1000)):
+        shape = rows.launch_shape(plan, packets, most_blocks, has_clusters)
+        assert shape.blocks % shape.cluster == 0
+        assert 3 <= shape.blocks <= most_blocks
+        assert shape.cluster == 1 or (has_clusters and packets is LL128)
+        assert shape.threads % 32 == 0
+        assert 32 <= shape.threads <= layout.most_threads(plan)
+    assert rows.shared_bytes(plan, packets) <= 48 << 10  # what a kernel has without asking
     assert rows.inbox_bytes(plan, packets) >= layout.inbox_bytes(plan, packets, 5 * row_bytes)
 
 

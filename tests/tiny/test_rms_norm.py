@@ -48,14 +48,20 @@ def test_the_order_of_the_squares_is_the_documented_one() -> None:
             lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
         return lanes[0]
 
-    slices = []
-    for start in range(0, len(words), 128):
-        of_slice = words[start : start + 128]
-        lanes = [zero] * 32
-        for i, word in enumerate(of_slice):
-            lanes[i // 4] = lanes[i // 4] + word
-        slices.append(halves(lanes))
-    total = halves([slices[i] if i < len(slices) else zero for i in range(32)])
+    chunks = []
+    for start in range(0, len(words), 120):
+        chunk = words[start : start + 120]
+        lanes = []
+        for lane in range(32):
+            line, place = divmod(lane, 8)
+            groups = [56 + line] if place == 7 else [7 * line + place, 28 + 7 * line + place]
+            total = zero
+            for group in groups:
+                for word in chunk[2 * group : 2 * group + 2]:
+                    total = total + word
+            lanes.append(total)
+        chunks.append(halves(lanes))
+    total = halves([chunks[i] if i < len(chunks) else zero for i in range(32)])
     scale = 1 / torch.sqrt(total / torch.tensor(1100.0) + 1e-6)
     weight = torch.ones(1100, dtype=torch.bfloat16)
     normed, _ = add_rms_norm(row, torch.zeros_like(row), weight, 1e-6)

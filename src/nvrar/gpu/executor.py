@@ -73,7 +73,8 @@ class GpuExecutor:
         # The stream itself and not its handle: the default stream's is 0, which names no stream to torch.
         self._last_stream: torch.cuda.Stream | None = None
         self._last_raw_stream: int | None = None
-        self._overlaps = properties.major >= 9 and os.environ.get("NVRAR_OVERLAP", "1") != "0"
+        self._is_hopper = properties.major >= 9  # or newer
+        self._overlaps = self._is_hopper and os.environ.get("NVRAR_OVERLAP", "1") != "0"
         self._calls: dict[tuple[str, Plan], int] = {}  # by what a kernel calls them in a report
         torch.cuda.synchronize(self.device)
 
@@ -174,8 +175,9 @@ class GpuExecutor:
         args, pointers = self._args(algorithm, text)
         kernel.fill_rows(args, plan, packets, dtype, rows, eps)
         function = self._function(algorithm, dtype, "sum", rows=True)
-        shared = rows.shared_bytes()
-        shape = rows.launch_shape(plan, packets, self._most_blocks(function, plan, shared))
+        shared = rows.shared_bytes(plan, packets)
+        most = self._most_blocks(function, plan, shared)
+        shape = rows.launch_shape(plan, packets, most, has_clusters=self._is_hopper)
         return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
 
     def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
@@ -194,8 +196,10 @@ class GpuExecutor:
         return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
     def _most_blocks(self, function: kernel.Function, plan: Plan, shared_bytes: int = 0) -> int:
+        """Half of what a GPU can hold at once: blocks wait for peers, so two communicators on two streams
+        must both find room, in whatever order the ranks launch them."""
         resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
-        return self._num_processors * resident
+        return max(1, self._num_processors * resident // 2)
 
     def _function(
         self,

@@ -139,12 +139,21 @@ class Function:
         config.gridDimX, config.gridDimY, config.gridDimZ = shape.blocks, ranks, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = shape.threads, 1, 1
         config.hStream, config.sharedMemBytes = self._driver.CUstream(stream), shared_bytes
+        attributes = []
+        ids = self._driver.CUlaunchAttributeID
         if overlaps:
-            attribute = self._driver.CUlaunchAttribute()
-            ids = self._driver.CUlaunchAttributeID
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            overlap = self._driver.CUlaunchAttribute()
+            overlap.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            overlap.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(overlap)
+        if shape.cluster > 1:
+            cluster = self._driver.CUlaunchAttribute()
+            cluster.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster.value.clusterDim.x = shape.cluster
+            cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1
+            attributes.append(cluster)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
     def launch(self, config: Any, pointers: int) -> None:

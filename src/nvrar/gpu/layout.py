@@ -60,6 +60,7 @@ def inbox_bytes(plan: Plan, packets: Format, num_bytes: int) -> int:
 class LaunchShape:
     blocks: int
     threads: int
+    cluster: int = 1  # blocks that can write to each other's shared memory
 
 
 def most_threads(plan: Plan) -> int:
@@ -107,13 +108,13 @@ def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[La
     )
 
 
-# What follows the sum needs memory of the block for the squares: an eighth of a row's bytes in floats.
-MOST_ROW_BYTES = 64 * KB
+MOST_ROW_BYTES = 64 * KB  # of which a block can hold the squares
+_CLUSTER = 8  # blocks that every GPU with clusters can have in one
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A message as rows, each taken by one block, and each cut into the parts of the plan."""
+    """A message as rows, each taken by one block or one cluster, and each cut into the parts of the plan."""
 
     num_rows: int
     row_bytes: int
@@ -127,12 +128,27 @@ class Rows:
         units = self.num_rows * self.units_of_row(plan, packets)
         return num_areas(plan) * units * packets.slot_bytes
 
-    def shared_bytes(self) -> int:
-        """Of the block's memory: a float for every 8 bytes, and one for each KB."""
-        return self.row_bytes // 2 + 4 * -(-self.row_bytes // KB)
+    def shared_bytes(self, plan: Plan, packets: Format) -> int:
+        """Of the block's memory, for the squares: two floats a chunk, and with LL one for each word."""
+        most_bytes = self.units_of_row(plan, packets) * num_parts(plan) * packets.data_bytes
+        chunks = most_bytes // LL128.data_bytes + 1
+        return 4 * (2 * chunks + (self.row_bytes // 8 if packets is LL else 0))
 
-    def launch_shape(self, plan: Plan, packets: Format, most_blocks: int) -> LaunchShape:
-        threads = self.units_of_row(plan, packets) * packets.threads
+    def launch_shape(
+        self, plan: Plan, packets: Format, most_blocks: int, has_clusters: bool
+    ) -> LaunchShape:
+        """A row's units are spread over a cluster where there are few rows."""
+        units = self.units_of_row(plan, packets)
+        cluster = 1
+        if has_clusters and packets is LL128:
+            while (
+                cluster < _CLUSTER
+                and 2 * cluster * self.num_rows <= most_blocks
+                and units > 4 * cluster  # warps that a block should have
+            ):
+                cluster *= 2
+        threads = -(-units // cluster) * packets.threads
         turns = -(-threads // most_threads(plan))
         threads = -(-threads // (turns * 32)) * 32
-        return LaunchShape(max(1, min(most_blocks, self.num_rows)), threads)
+        num_rows = max(1, min(most_blocks // cluster, self.num_rows))
+        return LaunchShape(num_rows * cluster, threads, cluster)

@@ -74,6 +74,7 @@ class VirtualCluster:
             jitter_ns=jitter_ns,
             args_bytes=ctypes.sizeof(self._args_type),
         )
+        self._is_hopper = properties.major >= 9
         self._num_processors = properties.multi_processor_count
         self._libraries: list[object] = []
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
@@ -140,8 +141,9 @@ class VirtualCluster:
             args.norm.residual_out = residual_out.data_ptr()
             args.norm.weight = weight.data_ptr()
             kernel.fill_rows(args, self.plan, self.packets, self.dtype, rows, eps)
-        function, shared = self._function(rows=True), rows.shared_bytes()
-        shape = rows.launch_shape(self.plan, self.packets, self._most_blocks(function, shared))
+        function, shared = self._function(rows=True), rows.shared_bytes(self.plan, self.packets)
+        most = self._most_blocks(function, shared)
+        shape = rows.launch_shape(self.plan, self.packets, most, self._is_hopper)
         return Call(self._packed_table(), function, shape, shared)
 
     def _packed_table(self) -> Tensor:

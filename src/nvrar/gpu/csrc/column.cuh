@@ -100,7 +100,7 @@ class Column {
         static constexpr bool kIndexed = true;
         Column& column;
         Payload get(int part) const { return column.load(part); }
-        void set(int part, const Payload& value) const { column.store(part, value); }
+        void set(int part, const Payload& value) { column.store(part, value); }
     };
 
     template <int I, class Block>
@@ -321,7 +321,7 @@ class Column {
 
     Payload load(int part) const { return tensor_.load(part, unit_, live_); }
 
-    void store(int part, const Payload& value) const {
+    void store(int part, const Payload& value) {
         if (live_ && ok_) tensor_.store(part, unit_, value);
     }
 

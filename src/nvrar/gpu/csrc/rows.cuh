@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel that goes on after the sum: adds the residual and normalises each row (RMSNorm). A block takes
-// whole rows, so the norm needs no other block.
+// The kernel that goes on after the sum: adds the residual and normalises each row (RMSNorm). A row is taken by
+// one block, or by the blocks of one cluster, so the norm needs nobody else.
 //
 //     h = round(sum + residual);  out = round(round(h / sqrt(mean(h * h) + eps)) * weight)
 //
 // in fp32 but for the roundings to the type. The squares are added in one order whatever the packets and the
-// launch shape: within each 8 bytes in turn; of 1 KB, by 32 lanes 32 bytes each in turn, then halves of the
-// lanes; then all KBs by 32 lanes in turn, then halves. nvrar/rms_norm.py is the same in torch.
+// launch: in chunks of 960 bytes, each by 32 lanes as LL128 deals it out to them, a lane's words and their
+// elements in turn, then halves of the lanes; the chunks by 32 lanes in turn, then halves.
+// nvrar/rms_norm.py is the same in torch.
 #pragma once
 
 #include "column.cuh"
@@ -19,16 +20,64 @@ inline float add_up_lanes(float value) {
     return value;
 }
 
+// The blocks that share a row.
+struct Team {
+#if __CUDA_ARCH__ >= 900
+    u32 rank, size;
+
+    static Team mine() {
+        Team team;
+        asm("mov.u32 %0, %cluster_ctarank;" : "=r"(team.rank));
+        asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(team.size));
+        return team;
+    }
+    // Into the shared memory of every member, at the place that `address` is here.
+    template <class T>
+    void store(T* address, T value) const {
+        if (size == 1) {
+            *address = value;
+            return;
+        }
+        const u32 here = u32(__cvta_generic_to_shared(address));
+        u32 bits;
+        memcpy(&bits, &value, 4);
+        for (u32 member = 0; member < size; member++) {
+            u32 there;
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(member));
+            asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(bits) : "memory");
+        }
+    }
+    void meet() const {
+        if (size == 1) {
+            __syncthreads();
+            return;
+        }
+        asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+    }
+#else
+    static constexpr u32 rank = 0, size = 1;
+
+    static Team mine() { return {}; }
+    template <class T>
+    void store(T* address, T value) const {
+        *address = value;
+    }
+    void meet() const { __syncthreads(); }
+#endif
+};
+
 // The tensor as rows, each cut into the parts of the plan; a row ends within a unit where it must.
 template <class Plan, class Packet, class Type>
 class Rows {
     using Words = Message<Packet, Type, true>;
     static constexpr int kPerWord = Type::kPerWord;
-    static constexpr bool kFetches = Plan::kParts * Packet::kWords <= 8;
-    static constexpr u32 kSliceWords = 128;  // that a warp adds up
+    static constexpr u32 kChunkWords = LL128::kDataBytes / 8;
 
   public:
     using Payload = typename Packet::Payload;
+    // Whether a thread holds a column of h and of the weight in registers.
+    static constexpr bool kHolds = Plan::kParts * Packet::kWords <= 8;
 
     explicit Rows(const Args<Plan>& args) : args_(args) {}
 
@@ -39,72 +88,95 @@ class Rows {
     }
 
     void fetch(u32 unit, bool live) {
-        if constexpr (kFetches) {
+        if constexpr (kHolds) {
 #pragma unroll
-            for (int part = 0; part < Plan::kParts; part++) residual_.value[part] = load_residual(part, unit, live);
+            for (int part = 0; part < Plan::kParts; part++) {
+                h_.value[part] = load_residual(part, unit, live);
+                weight_.value[part] = load_weight(part, unit, live);
+            }
         }
     }
 
-    // Adds the residual, and leaves the squares of every word for `normalise`.
-    void store(int part, u32 unit, const Payload& sum) const {
-        const Payload residual = kFetches ? residual_.get(part) : load_residual(part, unit, true);
-        Payload h;
+    // Adds the residual, and leaves the squares for `find_scale`.
+    void store(int part, u32 unit, const Payload& sum) {
+        Payload h = kHolds ? h_.get(part) : load_residual(part, unit, true);
+        float squares = 0;
         for_words(part, unit, [&](u64 at, int w) {
             float a[kPerWord], b[kPerWord];
             Type::widen(sum.word[w], a);
-            Type::widen(residual.word[w], b);
+            Type::widen(h.word[w], b);
 #pragma unroll
             for (int e = 0; e < kPerWord; e++) a[e] = __fadd_rn(a[e], b[e]);
             h.word[w] = Type::narrow(a);
             Type::widen(h.word[w], a);
-            float squares = __fmul_rn(a[0], a[0]);
+            float of_word = __fmul_rn(a[0], a[0]);
 #pragma unroll
-            for (int e = 1; e < kPerWord; e++) squares = __fadd_rn(squares, __fmul_rn(a[e], a[e]));
-            word_sums()[(at - row_start()) / 8] = squares;
+            for (int e = 1; e < kPerWord; e++) of_word = __fadd_rn(of_word, __fmul_rn(a[e], a[e]));
+            if constexpr (Packet::kThreads == 1) word_sums()[(at - row_start()) / 8] = of_word;
+            squares = __fadd_rn(squares, of_word);
         });
+        if constexpr (Packet::kThreads == 32) {  // a unit is a chunk, but that parts may end within one
+            squares = add_up_lanes(squares);
+            const u32 chunk = part * args_.norm.row_units + unit - row_ * args_.norm.row_units;
+            if (threadIdx.x % 32 == 0) team_.store(&chunk_sums()[chunk], squares);
+        }
+        if constexpr (kHolds) h_.set(part, h);
         Words::store(args_.norm.residual_out, start(part, unit), row_end(), h);
     }
 
-    // 1 / sqrt(mean of squares + eps) of the row, once all threads of the block have stored it.
-    float scale() const {
-        const u32 words = args_.norm.row_bytes / 8, slices = (words + kSliceWords - 1) / kSliceWords;
-        const u32 lane = threadIdx.x % 32;
-        for (u32 slice = threadIdx.x / 32; slice < slices; slice += blockDim.x / 32) {
-            float total = 0;
-#pragma unroll
-            for (u32 e = 0; e < 4; e++) {
-                const u32 at = slice * kSliceWords + 4 * lane + e;
-                if (at < words) total = __fadd_rn(total, word_sums()[at]);
+    // 1 / sqrt(mean of squares + eps) of the row, once all threads of all its blocks have stored it; false if
+    // any of them is not ok.
+    bool find_scale(bool ok, float& scale) {
+        const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8;
+        const u32 chunks = (words + kChunkWords - 1) / kChunkWords;
+        if (!ok) team_.store(&broken(), 1u);
+        team_.meet();
+        const bool failed = broken() != 0;
+        if constexpr (Packet::kThreads == 1) {
+            for (u32 chunk = threadIdx.x / 32; chunk < chunks; chunk += blockDim.x / 32) {
+                float total = 0;
+                for (int w = 0; w < LL128::kWords; w++) {
+                    const u32 at = chunk * kChunkWords + LL128::data_offset(lane, w / 2) / 8 + w % 2;
+                    if (LL128::holds_half(lane, w / 2) && at < words) total = __fadd_rn(total, word_sums()[at]);
+                }
+                total = add_up_lanes(total);
+                if (lane == 0) chunk_sums()[chunk] = total;
             }
-            total = add_up_lanes(total);
-            if (lane == 0) slice_sums(words)[slice] = total;
+            __syncthreads();
         }
-        __syncthreads();
         float total = 0;
-        for (u32 slice = lane; slice < slices; slice += 32) total = __fadd_rn(total, slice_sums(words)[slice]);
+        for (u32 chunk = lane; chunk < chunks; chunk += 32) total = __fadd_rn(total, chunk_sums()[chunk]);
         total = add_up_lanes(total);
+        odd_ = !odd_;
         const float mean = __fdiv_rn(total, float(words * kPerWord));
-        return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
+        scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
+        return !failed;
     }
 
-    // Of the units that this thread has stored, and so can read back without a barrier.
-    void normalise(int part, u32 unit, float scale) const {
-        const Payload h = Words::load(args_.norm.residual_out, start(part, unit), row_end());
-        const Payload weight = Words::load(args_.norm.weight, start(part, unit) - row_start(), args_.norm.row_bytes);
-        Payload out;
-        for_words(part, unit, [&](u64, int w) {
+    // Of a unit that this thread has stored; `held` if it was the last, and so is in registers.
+    void normalise(int part, u32 unit, float scale, bool held) const {
+        Payload h, weight;
+        if (kHolds && held) {
+            h = h_.get(part);
+            weight = weight_.get(part);
+        } else {
+            h = Words::load(args_.norm.residual_out, start(part, unit), row_end());
+            weight = load_weight(part, unit, true);
+        }
+#pragma unroll
+        for (int w = 0; w < Packet::kWords; w++) {
             float a[kPerWord], b[kPerWord];
             Type::widen(h.word[w], a);
 #pragma unroll
             for (int e = 0; e < kPerWord; e++) a[e] = __fmul_rn(a[e], scale);
-            out.word[w] = Type::narrow(a);
-            Type::widen(out.word[w], a);
+            h.word[w] = Type::narrow(a);
+            Type::widen(h.word[w], a);
             Type::widen(weight.word[w], b);
 #pragma unroll
             for (int e = 0; e < kPerWord; e++) a[e] = __fmul_rn(a[e], b[e]);
-            out.word[w] = Type::narrow(a);
-        });
-        Words::store(args_.out, start(part, unit), row_end(), out);
+            h.word[w] = Type::narrow(a);
+        }
+        Words::store(args_.out, start(part, unit), row_end(), h);
     }
 
     void poison(int part, u32 unit) const {
@@ -112,6 +184,12 @@ class Rows {
         for (u64& word : value.word) word = Type::kPoison;
         Words::store(args_.norm.residual_out, start(part, unit), row_end(), value);
         Words::store(args_.out, start(part, unit), row_end(), value);
+    }
+
+    const Team& team() const { return team_; }
+    static u32& broken() {
+        __shared__ u32 flag;
+        return flag;
     }
 
   private:
@@ -124,6 +202,10 @@ class Rows {
 
     Payload load_residual(int part, u32 unit, bool live) const {
         return Words::load(args_.norm.residual, start(part, unit), live ? row_end() : 0);
+    }
+    Payload load_weight(int part, u32 unit, bool live) const {
+        const u64 in_row = start(part, unit) - row_start();
+        return Words::load(args_.norm.weight, in_row, live ? args_.norm.row_bytes : 0);
     }
 
     // The words of a unit that this thread holds: where each is in the tensor, and in the payload.
@@ -138,58 +220,87 @@ class Rows {
         }
     }
 
-    static float* word_sums() {
+    // Two sets of chunks, used by rows in turn: a block may be one row ahead of another of its team. Behind
+    // them, for LL, the words of a row.
+    u32 most_chunks() const { return args_.norm.row_units * Plan::kParts * Packet::kDataBytes / LL128::kDataBytes + 1; }
+    float* chunk_sums() const {
         extern __shared__ float sums[];
-        return sums;
+        return sums + (odd_ ? most_chunks() : 0);
     }
-    static float* slice_sums(u32 words) { return word_sums() + words; }
+    float* word_sums() const {
+        extern __shared__ float sums[];
+        return sums + 2 * most_chunks();
+    }
 
     const Args<Plan>& args_;
+    const Team team_ = Team::mine();
     u32 row_ = 0;
-    Registers<Payload, kFetches ? Plan::kParts : 1> residual_;
+    bool odd_ = false;
+    Registers<Payload, kHolds ? Plan::kParts : 1> h_, weight_;
 };
 
 template <class Packet, class Type, class Plan>
 inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
-    using Columns = Column<Plan, Packet, Type, Sum, Rows<Plan, Packet, Type>>;
-    const u32 lane = threadIdx.x / Packet::kThreads, lanes = blockDim.x / Packet::kThreads;
-    const u32 units = args.norm.row_units;
-    // Where blocks put, their threads keep step: the loops' bound is the block's.
-    const u32 ahead = Plan::uses(Transport::kPut) ? lane : 0;
-
+    using Tensor = Rows<Plan, Packet, Type>;
+    using Columns = Column<Plan, Packet, Type, Sum, Tensor>;
     wait_for_previous_kernel();
     Columns column(args);
-    const Entry entry = enter(args.control);
-    column.enter(entry);
-    let_next_kernel_start();
-    const auto for_columns = [&](u32 row, auto&& action) {
-        column.tensor().go_to_row(row);
+    Tensor& tensor = column.tensor();
+    const Team team = tensor.team();
+    const u32 lanes = blockDim.x / Packet::kThreads, place = threadIdx.x / Packet::kThreads;
+    const u32 first = team.rank * lanes + place, step = team.size * lanes;
+    const u32 units = args.norm.row_units, rows = args.num_units / units;
+    const u32 first_row = blockIdx.x / team.size, row_step = gridDim.x / team.size;
+    // Where blocks put, their threads keep step: the loops' bound is the block's.
+    const u32 ahead = Plan::uses(Transport::kPut) ? place : 0;
+
+    // Of a row, the units of this thread.
+    const auto for_columns = [&](u32 row, u32 from, auto&& action) {
+        tensor.go_to_row(row);
 #pragma unroll 1
-        for (u32 unit = lane; unit - ahead < units; unit += lanes) {
+        for (u32 unit = from; unit - ahead < units; unit += step) {
             column.go_to(row * units + unit, (row + 1) * units);
             action(row * units + unit);
         }
     };
-    const u32 rows = args.num_units / units;
-    u32 row = blockIdx.x;
+
+    // The first column is loaded while the epoch is on its way.
+    if (threadIdx.x == 0) Tensor::broken() = 0;
+    tensor.go_to_row(first_row);
+    column.go_to(first_row * units + first, first_row < rows ? (first_row + 1) * units : 0);
+    typename Columns::Ahead input;
+    if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
+    const Entry entry = enter(args.control);
+    column.enter(entry);
+    let_next_kernel_start();
+    if constexpr (Columns::kLoadsAhead) {
+        if (first_row < rows && first - ahead < units) column.send_input(input);
+    }
+    if (team.size > 1) team.meet();  // all have cleared their flag, and are there to be written to
+    u32 row = first_row;
 #pragma unroll 1
-    for (; row < rows; row += gridDim.x) for_columns(row, [&](u32) { column.send_input(); });
+    for (; row < rows; row += row_step)
+        for_columns(row, Columns::kLoadsAhead && row == first_row ? first + step : first,
+                    [&](u32) { column.send_input(); });
+    const bool held = units <= step;  // one column a thread
 #pragma unroll 1
-    for (row = blockIdx.x; row < rows; row += gridDim.x) {
-        for_columns(row, [&](u32) { column.finish(); });
-        if (__syncthreads_or(!column.ok())) break;
-        const float scale = column.tensor().scale();
-        for_columns(row, [&](u32 unit) {
+    for (row = first_row; row < rows; row += row_step) {
+        for_columns(row, first, [&](u32) { column.finish(); });
+        float scale;
+        if (!tensor.find_scale(column.ok(), scale)) break;
+        for_columns(row, first, [&](u32 unit) {
+#pragma unroll
             for (int part = 0; part < Plan::kParts; part++)
-                if (unit < (row + 1) * units) column.tensor().normalise(part, unit, scale);
+                if (unit < (row + 1) * units) tensor.normalise(part, unit, scale, held);
         });
     }
     column.leave_word();
     // Nothing that looks like a result may stand where the result is not to be had.
-    for (; row < rows; row += gridDim.x)
-        for_columns(row, [&](u32 unit) {
+#pragma unroll 1
+    for (; row < rows; row += row_step)
+        for_columns(row, first, [&](u32 unit) {
             for (int part = 0; part < Plan::kParts; part++)
-                if (unit < (row + 1) * units) column.tensor().poison(part, unit);
+                if (unit < (row + 1) * units) tensor.poison(part, unit);
         });
     leave(args.control, entry);
 }
