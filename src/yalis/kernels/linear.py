@@ -129,15 +129,15 @@ def _linear_kernel(
     up_rows = tl.cast(num_out, tl.int64) * weight_stride
     up_at = w_at + up_rows
 
-    # The last tile of W is in flight while we wait; the others are pipelined behind the wait.
-    LAST: tl.constexpr = (NUM_IN - 1) // BLOCK_IN * BLOCK_IN
-    last_w = _tile_of(w_at, LAST, NUM_IN, BLOCK_IN, 0)
-    if IS_GATED:
-        last_up = _tile_of(up_at, LAST, NUM_IN, BLOCK_IN, 0)
+    # The last tile of W is fetched before the wait; the others are pipelined behind it, helped by the L2 cache.
     if PDL and NUM_EARLY:
         _prefetch(weight + weight_row, NUM_EARLY)
         if IS_GATED:
             _prefetch(weight + up_rows + weight_row, NUM_EARLY)
+    LAST: tl.constexpr = (NUM_IN - 1) // BLOCK_IN * BLOCK_IN
+    last_w = _tile_of(w_at, LAST, NUM_IN, BLOCK_IN, 0)
+    if IS_GATED:
+        last_up = _tile_of(up_at, LAST, NUM_IN, BLOCK_IN, 0)
     wait(PDL)
     last_x = _tile_of(x_at, LAST, NUM_IN, BLOCK_IN, 1)
     total = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
