@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -214,3 +215,31 @@ def test_every_plan_can_be_drawn() -> None:
     wide = draw(Plan.named("nvrar", Topology(16, 8)), Topology(16, 8), 65536, MACHINES["gloo"])
     assert max(map(len, wide.splitlines())) < 170
     assert names_of(Plan.parse("split:4 exchange:3"), Topology(3, 4)) == ("nvrar", "direct")
+
+
+def test_a_run_becomes_the_results_that_the_readme_shows(tmp_path: Path) -> None:
+    scripts = str(Path(__file__).parents[2] / "scripts")
+    sys.path.insert(0, scripts)
+    try:
+        from readme_table import from_bench
+        from readme_table import table as readme_table
+    finally:
+        sys.path.remove(scripts)
+    about = ABOUT | {
+        "timestamp": "2026-11-23T08:00:00+00:00", "git_commit": "0123456789", "command": "nvrar bench",
+        "cuda": "13.0", "driver": "580.1", "torch": "2.11", "nccl": None,
+    }  # fmt: skip
+    names = ("torch", "nccl pool", "symm_mem one-shot", "symm_mem two-shot", "auto")
+    timed = [
+        Measurement(name, 1024, None, (10.0 - i, 11.0 - i), timing=timing)
+        for timing in ("graph", "interleaved")
+        for i, name in enumerate(names)
+    ]
+    write_rows(rows(timed, about), tmp_path / "run.jsonl")
+    results = from_bench((tmp_path / "run.jsonl").read_text().splitlines())
+    assert results["columns"][0] == "bytes"
+    assert results["rows"] == results["interleaved"]["rows"] == [[1024, 10.5, 9.5, 8.5, 7.5, 6.5]]
+    assert (results["commit"], results["date"]) == ("0123456", "2026-11-23")
+    shown = readme_table(results)
+    assert "| 1 KiB | 10.50 | 9.50 | 8.50 | 7.50 | 6.50 | 1.62 |" in shown
+    assert "CUDA 13.0, driver 580.1, torch 2.11." in shown
