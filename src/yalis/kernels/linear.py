@@ -32,15 +32,15 @@ class Tile:
     num_early: int = 0  # inputs whose weights go to the L2 cache while the kernel before still runs
 
 
-def choose_tile(num_rows: int, num_out: int, num_in: int) -> Tile:
-    """The tile for a product, by the number of its rows. The bits do not depend on it."""
+def choose_tile(num_rows: int, *, is_gated: bool = False) -> Tile:
+    """The tile for a product with so many rows. The bits do not depend on it."""
     if num_rows <= 16:
-        return Tile(16, 8 if num_rows <= 8 else 16, 256, 2, 5)
+        return Tile(16, 8 if num_rows <= 8 else 16, 256, 2, 3 if is_gated else 5)
     if num_rows <= 32:
-        return Tile(32, 32, 128, 4, 5)
+        return Tile(32, 32, 128, 4, 4)
     if num_rows <= 64:
-        return Tile(64, 64, 128, 4, 4)
-    return Tile(128, 128, 64, 4, 4)
+        return Tile(64, 64, 128, 4, 2 if is_gated else 4)
+    return Tile(128, 128, 64, 8, 3) if is_gated else Tile(128, 128, 64, 4, 4)
 
 
 def linear(
@@ -68,7 +68,7 @@ def _launch(
     out = torch.empty((num_rows, num_out), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    tile = tile or choose_tile(num_rows, num_out, num_in)
+    tile = tile or choose_tile(num_rows, is_gated=is_gated)
     grid = (triton.cdiv(num_out, tile.num_out) * triton.cdiv(num_rows, tile.num_rows),)
     _linear_kernel[grid](
         x, weight, bias if bias is not None else weight, out,
@@ -129,7 +129,7 @@ def _linear_kernel(
     up_rows = tl.cast(num_out, tl.int64) * weight_stride
     up_at = w_at + up_rows
 
-    # The last tile of W is fetched before the wait; the others are pipelined behind it, helped by the L2 cache.
+    # The last tile of W is fetched before the wait; the others are pipelined behind it, from the L2 cache.
     if PDL and NUM_EARLY:
         _prefetch(weight + weight_row, NUM_EARLY)
         if IS_GATED:
