@@ -60,7 +60,7 @@ def test_an_arrow_is_seen_wherever_it_stands(source: str) -> None:
 
 def test_the_pure_modules_import_without_torch() -> None:
     """Plans can be read and costed where torch cannot run; each file is loaded on its own."""
-    for module in ("topology", "plan", "cost", "tune", "errors"):
+    for module in ("topology", "plan", "cost", "table", "tune", "errors"):
         path = SRC / "nvrar" / f"{module}.py"
         outside = [
             name

@@ -27,7 +27,7 @@ from nvrar.tuner import Attempt
 
 # In parts of up to so many times the size where LL128 begins to win, LL is still tried.
 _LL_REACH = 32
-_BUDGET_S = 2.0  # of a wait inside a kernel
+_BUDGET_S = 5.0  # of a wait inside a kernel
 
 
 class GpuLab:
