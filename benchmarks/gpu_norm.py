@@ -41,6 +41,7 @@ def main() -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     group, rank = dist.group.WORLD, dist.get_rank()
+    torch._dynamo.config.recompile_limit = 64  # every shape gets a kernel of its own
     compiled = torch.compile(plain_add_rms_norm, dynamic=False)
     with nvrar.Communicator(timeout_s=20) as comm:
         sizes = [int(n) for n in options.sizes.split(",")]
@@ -64,7 +65,9 @@ def main() -> None:
                 def ours(x=x, h=h, weight=weight):
                     comm.all_reduce_add_rms_norm(x, h, weight, EPS, out=x, residual_out=h)
 
-                def theirs(y=everyone[rank].clone(), h=h, weight=weight):
+                y = everyone[rank].clone()
+
+                def theirs(y=y, h=h, weight=weight):
                     dist.all_reduce(y)
                     return compiled(y, h, weight)
 

@@ -19,7 +19,7 @@ from nvrar import gpu, tables
 from nvrar._version import __version__
 from nvrar.cost import Machine, time_us
 from nvrar.errors import NvrarError
-from nvrar.gpu.jit import cache_folder
+from nvrar.gpu.disk_cache import cache_folder
 from nvrar.host import DTYPES, OPS, type_name
 from nvrar.launch import seat
 from nvrar.record import checkout, host, software, variables

@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from nvrar.errors import GpuUnavailable
+from nvrar.gpu.disk_cache import kept
+from nvrar.gpu.includes import SOURCES, CompileError, cuda_includes, nvshmem_folder
 from nvrar.gpu.layout import Format, most_threads
 from nvrar.plan import Plan
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
-
-log = logging.getLogger("nvrar")
 
 TYPES = {
     torch.float32: "Float32",
@@ -36,12 +31,6 @@ TYPES = {
 }
 OPS = {"sum": "Sum", "max": "Max"}
 ENTRY = "nvrar_all_reduce"
-_SOURCES = Path(__file__).parent / "csrc"
-_DIGEST_BYTES = 32  # a cache entry is the digest of what follows, then the cubin
-
-
-class CompileError(GpuUnavailable):
-    """The kernel does not compile on this machine; the compiler's log is in the message."""
 
 
 @dataclass(frozen=True)
@@ -115,33 +104,17 @@ def cubin(spec: KernelSpec) -> bytes:
     Raises:
         CompileError: NVRTC or nvJitLink refused.
     """
-    path = cache_folder() / f"{_key(spec)}.cubin"
-    found = _read(path)
-    if found is None:
-        found = build(spec).cubin
-        _publish(path, found)
-    return found
+    return kept(_key(spec.source(), spec.arch, spec.uses_put), lambda: build(spec).cubin)
 
 
-def cache_folder() -> Path:
-    """``NVRAR_CACHE_DIR``, else ``nvrar`` in the user's cache folder."""
-    chosen = os.environ.get("NVRAR_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvrar"
-
-
-# -- the cache -------------------------------------------------------------------------------------
-
-
-def _key(spec: KernelSpec) -> str:
-    parts = [spec.source(), spec.arch, *_versions(spec.uses_put), _sources_digest()]
+def _key(source: str, arch: str, with_nvshmem: bool) -> str:
+    parts = [source, arch, *_versions(with_nvshmem), _sources_digest()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _sources_digest() -> str:
     digest = hashlib.sha256()
-    for file in sorted(_SOURCES.iterdir()):
+    for file in sorted(SOURCES.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -160,47 +133,6 @@ def _versions(with_nvshmem: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _read(path: Path) -> bytes | None:
-    try:
-        entry = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
-    if hashlib.sha256(code).digest() == digest:
-        return code
-    log.warning(
-        "compile cache entry %s is corrupt and is made anew; if this comes again, delete %s or set "
-        "NVRAR_CACHE_DIR to a folder on a local disk",
-        path, path.parent,
-    )  # fmt: skip
-    return None
-
-
-def _publish(path: Path, code: bytes) -> None:
-    """All or nothing, whoever else writes the same entry: the last rename wins, and all are equal."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        log.warning(
-            "compiled kernels cannot be kept in %s (%s): every process compiles its own; set "
-            "NVRAR_CACHE_DIR to a folder that can be written",
-            path.parent, error,
-        )  # fmt: skip
-
-
-# -- the compilers ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Built:
     """Machine code, and what its kernel takes of a multiprocessor."""
@@ -217,36 +149,59 @@ def build(spec: KernelSpec) -> Built:
     Raises:
         CompileError: NVRTC or nvJitLink refused.
     """
-    from cuda.core import Linker, LinkerOptions, ObjectCode, Program, ProgramOptions
+    what = f"the kernel for plan '{spec.plan}' ({spec.packets.name}, {spec.dtype})"
+    code, messages = _compile(what, spec.source(), spec.arch, to_be_linked=spec.uses_put)
+    if spec.uses_put:
+        code = _link(what, [code, _put(spec.arch)], spec.arch)
+    return Built(code, *_resources(messages))
 
-    nvshmem = _nvshmem_folder() if spec.uses_put else None
-    folders = [str(_SOURCES), *map(str, _cuda_includes())]
-    folders += [str(nvshmem / "include")] if nvshmem else []
+
+def _put(arch: str) -> bytes:
+    """NVSHMEM's part of a kernel that puts, apart: its headers take ten times longer than all the rest."""
+    source = '#include "put_by_nvshmem.cuh"\n'
+
+    def make() -> bytes:
+        return _compile("NVSHMEM's put", source, arch, to_be_linked=True)[0]
+
+    return kept(_key(source, arch, True), make)
+
+
+def _compile(what: str, source: str, arch: str, to_be_linked: bool) -> tuple[bytes, str]:
+    from cuda.core import Program, ProgramOptions
+
+    folders = [str(SOURCES), *map(str, cuda_includes())]
+    if to_be_linked:
+        folders.append(str(nvshmem_folder() / "include"))
+    options = ProgramOptions(
+        arch=arch,
+        std="c++17",
+        device_as_default_execution_space=True,
+        relocatable_device_code=to_be_linked or None,
+        include_path=folders,
+        ptxas_options=["-v"],
+    )
     messages = io.StringIO()
     try:
-        program = Program(
-            spec.source(),
-            code_type="c++",
-            options=ProgramOptions(
-                arch=spec.arch,
-                std="c++17",
-                device_as_default_execution_space=True,
-                relocatable_device_code=spec.uses_put or None,
-                include_path=folders,
-                ptxas_options=["-v"],
-            ),
-        )
-        code = program.compile("cubin", logs=messages)
-        if nvshmem:
-            library = ObjectCode.from_library(str(nvshmem / "lib" / "libnvshmem_device.a"))
-            linker = Linker(code, library, options=LinkerOptions(arch=spec.arch))
-            code = linker.link("cubin")
+        code = Program(source, code_type="c++", options=options).compile("cubin", logs=messages)
     except Exception as error:
         raise CompileError(
-            f"the kernel for plan '{spec.plan}' ({spec.packets.name}, {spec.dtype}, {spec.arch}) does "
-            f"not compile: {error}\n{messages.getvalue()}\nInclude folders: {folders}"
+            f"{what} does not compile for {arch}: {error}\n{messages.getvalue()}\n"
+            f"Include folders: {folders}"
         ) from error
-    return Built(bytes(code.code), *_resources(messages.getvalue()))
+    return bytes(code.code), messages.getvalue()
+
+
+def _link(what: str, codes: list[bytes], arch: str) -> bytes:
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    library = nvshmem_folder() / "lib" / "libnvshmem_device.a"
+    try:
+        parts = [ObjectCode.from_cubin(code) for code in codes]
+        parts.append(ObjectCode.from_library(str(library)))
+        linked = Linker(*parts, options=LinkerOptions(arch=arch)).link("cubin")
+    except Exception as error:
+        raise CompileError(f"{what} does not link for {arch} with {library}: {error}") from error
+    return bytes(linked.code)
 
 
 def _resources(report: str) -> tuple[int, int, int]:
@@ -255,38 +210,3 @@ def _resources(report: str) -> tuple[int, int, int]:
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     return max(registers, default=0), max(stacks, default=0), max(spills, default=0)
-
-
-def _cuda_includes() -> list[Path]:
-    """The CUDA headers and those of libcu++: from the wheels, else from a toolkit."""
-    import nvidia
-
-    roots = [
-        Path(p) / sub for p in nvidia.__path__ for sub in ("cu13", "cuda_runtime", "cuda_cccl")
-    ]
-    roots += [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
-    folders = [root / "include" for root in roots]
-    folders += [folder / "cccl" for folder in folders]
-    # Of each kind the first: mixing two versions of a header is worse than missing one.
-    found = [
-        next((f for f in folders if (f / header).exists()), None)
-        for header in ("cuda_bf16.h", "cuda/std/type_traits")
-    ]
-    if None in found:
-        raise CompileError(
-            f"no CUDA headers in {', '.join(map(str, folders))}; pip install 'nvrar[cu13]' brings them, "
-            "or set CUDA_HOME to a toolkit"
-        )
-    return list(dict.fromkeys(f for f in found if f is not None))
-
-
-def _nvshmem_folder() -> Path:
-    import nvidia
-
-    for root in nvidia.__path__:
-        folder = Path(root) / "nvshmem"
-        if (folder / "lib" / "libnvshmem_device.a").exists():
-            return folder
-    raise CompileError(
-        "no NVSHMEM device library among the installed wheels; pip install 'nvrar[cu13]' brings it"
-    )

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvrar.gpu.jit import cache_folder
+from nvrar.gpu.disk_cache import cache_folder
 from nvrar.hardware import device_name
 from nvrar.table import Table, TableError
 

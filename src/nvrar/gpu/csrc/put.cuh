@@ -1,21 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// NVSHMEM's device side, and the only place that includes it.
+// What kernels ask of the network.
 #pragma once
-
-// The headers of NVSHMEM 3.4.5 use these traits under `std`, which NVRTC does not have.
-#include <cuda/std/type_traits>
-namespace std {
-using cuda::std::conditional;
-using cuda::std::enable_if;
-using cuda::std::is_floating_point;
-using cuda::std::is_integral;
-using cuda::std::is_same;
-using cuda::std::is_signed;
-using cuda::std::is_unsigned;
-}  // namespace std
-
-#include <nvshmem.h>
-#include <nvshmemx.h>
 
 #include "plan.cuh"
 
@@ -23,8 +8,6 @@ namespace nvrar {
 
 // By all threads of the block. Not waited for: the source is not touched again until its parity comes back,
 // and by then the peer has had the data (docs/protocol.md).
-inline void put_block(char* to, const char* from, u64 num_bytes, int pe) {
-    nvshmemx_putmem_nbi_block(to, from, num_bytes, pe);
-}
+void put_block(char* to, const char* from, u64 num_bytes, int pe);
 
 }  // namespace nvrar

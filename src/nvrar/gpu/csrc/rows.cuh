@@ -77,7 +77,7 @@ class Rows {
   public:
     using Payload = typename Packet::Payload;
     // Whether a thread holds a column of h and of the weight in registers.
-    static constexpr bool kHolds = Plan::kParts * Packet::kWords <= 8;
+    static constexpr bool kHolds = Plan::kParts <= 4 && Plan::kParts * Packet::kWords <= 8;
 
     explicit Rows(const Args<Plan>& args) : args_(args) {}
 
