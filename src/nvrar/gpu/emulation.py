@@ -61,15 +61,15 @@ def emulate(
         )
     _check_memory(topology, plans, max(sizes))
     found = []
+    inputs = [_inputs(topology.world_size, size, settings) for size in sizes]
     for plan in dict.fromkeys(plans):
         for packets in FORMATS.values():
             on_step(f"{plan}, {packets.name}")
             cluster = VirtualCluster(
                 plan, packets, settings.dtype, settings.op, max_bytes=max(sizes)
             )
-            for size in sizes:
-                time_us = _one(cluster, size, settings)
-                found.append(Emulated(plan, packets.name, size, time_us))
+            for size, x in zip(sizes, inputs, strict=True):
+                found.append(Emulated(plan, packets.name, size, _one(cluster, x, settings)))
     return found
 
 
@@ -82,7 +82,7 @@ def memory_needed(plan: Plan, packets: Format, num_bytes: int) -> int:
     """Bytes of GPU memory that messages of ``num_bytes`` take: both inboxes of every rank, its input and
     output, and the reference beside them, in fp32 on the way."""
     inboxes = 2 * layout.inbox_bytes(plan, packets, num_bytes)
-    return plan.world_size * (inboxes + 6 * num_bytes)
+    return plan.world_size * (inboxes + 8 * num_bytes)
 
 
 def _check_memory(topology: Topology, plans: Sequence[Plan], num_bytes: int) -> None:
@@ -97,9 +97,12 @@ def _check_memory(topology: Topology, plans: Sequence[Plan], num_bytes: int) -> 
             )
 
 
-def _one(cluster: VirtualCluster, num_bytes: int, settings: Settings) -> float:
+def _inputs(num_ranks: int, num_bytes: int, settings: Settings) -> Tensor:
     length = settings.num_elements(num_bytes)
-    inputs = random_inputs(cluster.num_ranks, length, settings.dtype, seed=length).cuda()
+    return random_inputs(num_ranks, length, settings.dtype, seed=length).cuda()
+
+
+def _one(cluster: VirtualCluster, inputs: Tensor, settings: Settings) -> float:
     expected = reference_all_reduce(inputs, cluster.plan, settings.op)
     results = torch.full_like(inputs, 77)
     cluster.all_reduce(list(inputs), list(results))
@@ -108,7 +111,7 @@ def _one(cluster: VirtualCluster, num_bytes: int, settings: Settings) -> float:
         if len(wrong):
             at = int(wrong[0])
             raise WrongResultError(
-                f"'{cluster.plan}' in {cluster.packets.name} packets on {format_size(num_bytes)} of "
+                f"'{cluster.plan}' in {cluster.packets.name} packets on {format_size(expected.nbytes)} of "
                 f"{type_name(settings.dtype)} ({settings.op}): virtual rank {rank} has {result[at].item()} "
                 f"at element {at}, where the plan adds up to {expected[at].item()}"
             )
