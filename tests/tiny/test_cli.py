@@ -138,6 +138,7 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("tune --sizes 1001", ["1001", "multiple of the 2 bytes"]),
         ("tune --dtype bfloat16,int4", ["int4", "float32"]),
         ("tune --device cuda --dtype float64", ["float64", "bfloat16"]),
+        ("tune --device cuda", ["no GPU", "leave it out"]),
         ("tune --budget 0", ["--budget", "0 s", "above 0"]),
         ("tune --device cpu --nodes 1 --ranks-per-node 1", ["one rank", "--ranks-per-node"]),
         ("tune --dtype bfloat16,float32 --output x.json", ["x.json", "2 types", "folder"]),

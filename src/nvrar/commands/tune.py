@@ -152,6 +152,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     if place is None:
         topology = ranks.local_topology(options, request.device)
+        if request.device == "cuda" and not torch.cuda.is_available():
+            raise ArgumentError("--device cuda, and torch sees no GPU here; leave it out for CPUs")
         if topology.world_size == 1:
             raise ArgumentError(
                 "one rank has nothing to reduce with; tune on as many ranks as will run (--nodes, "
