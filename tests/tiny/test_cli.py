@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvrar import MACHINES, Plan, Topology
 from nvrar.cli import main
@@ -128,7 +129,7 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("bench --dtype int32 --op avg", ["avg", "int32", "floating"]),
         ("bench --warmup -1", ["warmup", "-1", "at least 0"]),
         ("bench --iterations 0", ["--iterations", "'0'"]),
-        ("bench --device cuda --nodes 99", ["198 ranks", "GPU each", "--device cpu"]),
+        ("bench --device cuda --nodes 99", ["GPU", "--device cpu"]),
         ("bench --sizes 4000G", ["4000 GiB", "memory", "smaller"]),
         ("bench --timeout 0", ["timeout", "0 s", "above 0"]),
         ("bench --plot x.gif", ["x.gif", ".svg"]),
@@ -138,7 +139,6 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("tune --sizes 1001", ["1001", "multiple of the 2 bytes"]),
         ("tune --dtype bfloat16,int4", ["int4", "float32"]),
         ("tune --device cuda --dtype float64", ["float64", "bfloat16"]),
-        ("tune --device cuda", ["no GPU", "leave it out"]),
         ("tune --budget 0", ["--budget", "0 s", "above 0"]),
         ("tune --device cpu --nodes 1 --ranks-per-node 1", ["one rank", "--ranks-per-node"]),
         ("tune --dtype bfloat16,float32 --output x.json", ["x.json", "2 types", "folder"]),
@@ -160,6 +160,26 @@ def test_what_cannot_work_is_one_line(
     assert captured.err.count("\n") == 1
     for word in says:
         assert word in captured.err
+
+
+def test_tuning_and_playing_gpus_need_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for command, says in [
+        ("tune --device cuda", "torch sees no GPU here"),
+        ("bench --device cuda", "torch sees no GPU here"),
+        ("bench --virtual 4x8", "this machine sees no GPU"),
+        ("bench --virtual 4", "'4'"),
+        ("bench --virtual 1x1", "one rank"),
+        ("bench --virtual 4x8 --json x.jsonl", "--json and --virtual"),
+    ]:
+        assert main(command.split()) == 2
+        said = capsys.readouterr()
+        assert says in said.err
+        assert said.err.count("\n") == 1
+        assert said.out == ""
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ def start(topology: Topology, device: str, largest_bytes: int, options: argparse
             f"{format_size(needed)} of memory, and this machine has {format_size(present)}; measure "
             "smaller sizes, or fewer ranks"
         )
+    if device == "cuda" and not torch.cuda.device_count():
+        raise ArgumentError("--device cuda, and torch sees no GPU here; give --device cpu")
     if device == "cuda" and topology.world_size > torch.cuda.device_count():
         raise ArgumentError(
             f"{topology.world_size} ranks need a GPU each, and torch sees {torch.cuda.device_count()} "

@@ -152,9 +152,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     if place is None:
         topology = ranks.local_topology(options, request.device)
-        if request.device == "cuda" and not torch.cuda.is_available():
-            raise ArgumentError("--device cuda, and torch sees no GPU here; leave it out for CPUs")
-        if topology.world_size == 1:
+        if topology.world_size == 1 and (request.device == "cpu" or torch.cuda.device_count()):
             raise ArgumentError(
                 "one rank has nothing to reduce with; tune on as many ranks as will run (--nodes, "
                 "--ranks-per-node, or under torchrun or srun)"
