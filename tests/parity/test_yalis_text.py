@@ -23,7 +23,7 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1, "seed": 1},
     "bfloat16-file": {"dtype": "bfloat16", "head_dim": 24, "num_hidden_layers": 2},
 }
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ import torch
 from safetensors import safe_open
 
 from yalis.config import ModelConfig
+from yalis.errors import CheckpointError
 from yalis.models.decoder import CausalLM
 from yalis.parallel.all_reduce import NoAllReduce
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.testing import make_checkpoint
 from yalis.weights.checkpoint import Checkpoint
-from yalis.weights.dummy import DummyWeights
-from yalis.weights.loader import load_weights, weight_parts
+from yalis.weights.dummy import DummyWeights, random_weight
+from yalis.weights.loader import WeightPart, load_weights, weight_parts
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -62,39 +65,81 @@ def test_every_weight_is_on_one_rank_or_on_all_its_replicas(
         assert (count == copies).all(), tensor_name
 
 
-def test_a_rank_reads_no_more_than_its_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
+    return {name: file.get_tensor(name) for file in files for name in list(file.keys())}
+
+
+@pytest.mark.parametrize("portion", [1000, 64 << 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_rank_reads_its_part_and_no_more(
+    dtype: str, portion: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_checkpoint(tmp_path, num_shards=3)
+    make_checkpoint(tmp_path, num_shards=3, dtype=dtype, num_hidden_layers=2)
     config = ModelConfig.from_folder(tmp_path)
+    monkeypatch.setattr("yalis.weights.checkpoint._PORTION", portion)
     num_read = []
-    read = Checkpoint.read
+    preadv = os.preadv
 
-    def counted(self: Checkpoint, *args: Any) -> torch.Tensor:
-        tensor = read(self, *args)
-        num_read.append(tensor.numel())
-        return tensor
+    def counted(file: int, buffers: list[memoryview], offset: int) -> int:
+        num_read.append(preadv(file, [buffers[0][:5000]], offset))  # a read may stop early
+        return num_read[-1]
 
-    monkeypatch.setattr(Checkpoint, "read", counted)
+    monkeypatch.setattr(os, "preadv", counted)
     model = rank_model(config, 1, 4, "cpu")
     load_weights(model, Checkpoint(tmp_path))
-    total = sum(part.target.numel() for part in weight_parts(rank_model(config, 0, 1, "meta")))
-    assert sum(num_read) < 0.26 * total  # a quarter, and the norms
-    whole = {
-        key: file.get_tensor(key)
-        for file in (safe_open(path, "pt") for path in tmp_path.glob("*.safetensors"))
-        for key in list(file.keys())
-    }
+    whole = whole_tensors(tmp_path)
+    # A quarter, and the norms.
+    assert sum(num_read) < 0.26 * sum(tensor.nbytes for tensor in whole.values())
     for part in weight_parts(model):
-        assert torch.equal(part.target, whole[part.name][part.region])
+        assert torch.equal(part.target, whole[part.name][part.region].float())
+
+
+def test_what_goes_wrong_while_reading_names_file_and_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, num_shards=1, num_hidden_layers=1)
+    [path] = tmp_path.glob("*.safetensors")
+    checkpoint, config = Checkpoint(tmp_path), ModelConfig.from_folder(tmp_path)
+    for rank in (0, 1):  # whole rows and pieces of rows
+        model = rank_model(config, rank, 2, "cpu")
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object) -> int:
+                raise OSError(errno.EIO, "Input/output error")
+
+            patch.setattr(os, "preadv", fail)
+            with pytest.raises(
+                CheckpointError, match=rf"{path}: tensor model.* cannot be read .*Input/output"
+            ):
+                load_weights(model, checkpoint)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=rf"{path} ends before tensor .* does; did it change"):
+        load_weights(model, checkpoint)
 
 
 def test_dummy_weights_depend_on_seed_and_name_alone() -> None:
-    shape, region = (6, 4), (slice(2, 5), slice(0, 3))
-    whole = DummyWeights(1).read("a", shape, (slice(0, 6), slice(0, 4)))
-    assert torch.equal(DummyWeights(1).read("a", shape, region), whole[region])
-    assert not torch.equal(DummyWeights(2).read("a", shape, region), whole[region])
-    assert not torch.equal(DummyWeights(1).read("b", shape, region), whole[region])
+    def dummy(seed: int, name: str, rows: slice, columns: slice) -> torch.Tensor:
+        target = torch.empty(rows.stop - rows.start, columns.stop - columns.start)
+        DummyWeights(seed).fill(WeightPart(name, (600, 400), (rows, columns), target))
+        return target
+
+    everything, region = (slice(0, 600), slice(0, 400)), (slice(7, 598), slice(39, 400))
+    whole = dummy(1, "a", *everything)
+    assert torch.equal(dummy(1, "a", *region), whole[region])
+    assert not torch.equal(dummy(2, "a", *region), whole[region])
+    assert not torch.equal(dummy(1, "b", *region), whole[region])
+    assert torch.equal(random_weight("a", (600, 400), 1), whole)
+
+
+def test_dummy_weights_look_drawn_at_random() -> None:
+    noise = random_weight("w", (512, 512), 0) * 512**0.5 / 1.5
+    assert noise.mean().abs() < 0.01
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    # The norm of a random matrix: rows or columns that depend on each other would raise it.
+    assert torch.linalg.matrix_norm(noise, 2) < 2.1 * 512**0.5
+    assert random_weight("x.norm.weight", (512,), 0).mean() == pytest.approx(1, abs=0.02)
+    assert random_weight("x.bias", (512,), 0).abs().max() < 0.2
 
 
 def test_progress_counts_every_part(tmp_path: Path) -> None:

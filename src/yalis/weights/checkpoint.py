@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import torch
 
 from yalis.config import read_json
 from yalis.errors import CheckpointError
+from yalis.weights.loader import WeightPart
+from yalis.weights.shard import DTYPES, Shard
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_FLOATING = ("F16", "BF16", "F32", "F64")
+# Bytes on their way between disk and target, for each thread.
+_PORTION = 64 << 20
 
 
 class Checkpoint:
@@ -23,11 +24,12 @@ class Checkpoint:
     Raises CheckpointError when the index is damaged, or a shard is missing, truncated or unreadable.
     """
 
+    num_threads = 4
+
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._file_of = self._read_index()
-        self._files = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
-        self._names_in = {name: frozenset(file.keys()) for name, file in self._files.items()}
+        self._shards = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         file_name = self._file_of.get(name)
@@ -37,30 +39,41 @@ class Checkpoint:
                 f"{list(shape)}. Fetch the checkpoint again, or mend config.json"
             )
         path = self._folder / file_name
-        if name not in self._names_in[file_name]:
+        entry = self._shards[file_name].entries.get(name)
+        if entry is None:
             raise CheckpointError(
                 f"{path} does not hold tensor {name}, though {_INDEX} says so; fetch both again"
             )
-        header = self._files[file_name].get_slice(name)
-        if tuple(header.get_shape()) != shape:
+        if entry.shape != shape:
             raise CheckpointError(
-                f"{path}: tensor {name} has shape {list(header.get_shape())}, where config.json asks "
+                f"{path}: tensor {name} has shape {list(entry.shape)}, where config.json asks "
                 f"for {list(shape)}; fetch both again, they do not belong together"
             )
-        if header.get_dtype() not in _FLOATING:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name} has dtype {header.get_dtype()}; supported: "
-                f"{', '.join(_FLOATING)}. Use a checkpoint that is not quantised"
+                f"{path}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}. "
+                "Use a checkpoint that is not quantised"
             )
 
-    def read(self, name: str, shape: tuple[int, ...], region: tuple[slice, ...]) -> Tensor:
-        self.check(name, shape)
-        path = self._folder / self._file_of[name]
-        try:
-            tensor: Tensor = self._files[self._file_of[name]].get_slice(name)[region]
-            return tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from None
+    def fill(self, part: WeightPart) -> None:
+        self.check(part.name, part.shape)
+        shard = self._shards[self._file_of[part.name]]
+        dtype = DTYPES[shard.entries[part.name].dtype]
+        target, (rows, *others) = part.target, part.region
+        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            shard.read_into(target, part.name, part.region)
+            return
+        is_gpu = target.device.type == "cuda"
+        row_bytes = max(1, target[0].numel() * dtype.itemsize)
+        num_rows = max(1, _PORTION // row_bytes)
+        with torch.cuda.device(target.device if is_gpu else -1):
+            for some in torch.split(target, num_rows):
+                # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+                portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
+                region = (slice(rows.start, rows.start + len(some)), *others)
+                shard.read_into(portion, part.name, region)
+                some.copy_(portion, non_blocking=True)
+                rows = slice(region[0].stop, rows.stop)
 
     def _read_index(self) -> dict[str, str]:
         index = self._folder / _INDEX
@@ -76,25 +89,19 @@ class Checkpoint:
                 )
             return file_of
         if (self._folder / _SINGLE).exists():
-            return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+            return dict.fromkeys(self._open(_SINGLE).entries, _SINGLE)
         raise CheckpointError(
             f"{self._folder} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read. "
             'For random weights of the same shape use load_format="dummy"'
         )
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str) -> Shard:
         path = self._folder / name
         if not path.exists():
             raise CheckpointError(
                 f"{path} is missing, though {_INDEX} names it; fetch the shard again"
             )
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size
-            raise CheckpointError(
-                f"{path} ({size} bytes) is truncated or damaged ({error}); fetch the shard again"
-            ) from None
+        return Shard(path)
 
 
 def _is_name(value: object) -> bool:

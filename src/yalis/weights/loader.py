@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which part of which tensor goes where: the layers say, this file carries it out.
 
-A layer that owns a parameter lists its parts; a source can check a tensor's name and shape, and read
-a region of it. So neither the models nor the sources know how the weights are split.
+A layer that owns a parameter lists its parts; a source can check a tensor's name and shape, and fill a part.
+So neither the models nor the sources know how the weights are split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,12 +37,17 @@ class HasWeights(Protocol):
 
 
 class WeightSource(Protocol):
+    num_threads: int  # that should fill parts at the same time
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError unless a floating-point tensor of this name and shape is there."""
         ...
 
-    def read(self, name: str, shape: tuple[int, ...], region: tuple[slice, ...]) -> Tensor:
-        """That region of the tensor, on the CPU, in the type it is stored in."""
+    def fill(self, part: WeightPart) -> None:
+        """Write the part's region into its target, in the target's dtype. Threads may do so at once.
+
+        On a GPU it may return before that is done; later work of the default stream comes after it.
+        """
         ...
 
 
@@ -58,14 +64,21 @@ def check_weights(model: nn.Module, source: WeightSource) -> None:
         source.check(part.name, part.shape)
 
 
-@torch.inference_mode()
 def load_weights(
     model: nn.Module, source: WeightSource, on_progress: Progress | None = None
 ) -> None:
-    """Fill this rank's parameters, converting to their type. Not collective."""
-    parts = list(weight_parts(model))
-    for done, part in enumerate(parts, start=1):
-        if part.target.numel():
-            part.target.copy_(source.read(part.name, part.shape, part.region))
-        if on_progress:
-            on_progress("loading weights", done, len(parts))
+    """Fill this rank's parameters, converting to their type. Not collective. The first error ends it."""
+    parts = [part for part in weight_parts(model) if part.target.numel()]
+    fill = torch.inference_mode()(source.fill)  # the mode is each thread's own
+    with ThreadPoolExecutor(source.num_threads) as pool:
+        try:
+            futures = [pool.submit(fill, part) for part in parts]
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()
+                if on_progress:
+                    on_progress("loading weights", done, len(parts))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if parts and parts[0].target.is_cuda:
+        torch.cuda.synchronize(parts[0].target.device)
