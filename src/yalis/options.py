@@ -111,14 +111,6 @@ class EngineOptions:
                     f"{model.max_position_embeddings}; lower it, or leave it out"
                 )
 
-        narrowest = min((window for window in model.traits.windows if window), default=None)
-        max_model_len = self.resolved_max_model_len(model)
-        if narrowest is not None and narrowest < max_model_len:
-            raise ConfigError(
-                f"the model's layers have a sliding window of {narrowest} tokens, which attention does not "
-                f"support yet, and max_model_len is {max_model_len}; set it to at most {narrowest}"
-            )
-
     def resolved_max_model_len(self, model: ModelConfig) -> int:
         return self.max_model_len or model.max_position_embeddings
 

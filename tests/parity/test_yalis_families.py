@@ -14,7 +14,9 @@ import torch
 from llama_reference import reference_logits, save_random_model
 from torch import Tensor
 
+from yalis.attention import AttentionLayer
 from yalis.config import ModelConfig
+from yalis.layers.functional import prepare_heads
 from yalis.models.decoder import CausalLM
 from yalis.parallel.all_reduce import AllReduce
 from yalis.parallel.group import Placement, TensorParallel
@@ -37,6 +39,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 14, "rope_parameters": YARN},
     "qwen3-bias": {"family": "qwen3", "head_dim": 14, "attention_bias": True},
     "mistral": {"sliding_window": None, "head_dim": 10},
+    "mistral-v0.1": {"family": "mistral", "sliding_window": 20},
+    "qwen3-window": {
+        "family": "qwen3",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
 }
 
 
@@ -73,12 +82,17 @@ class ThreadParallel(TensorParallel):
         return torch.cat(parts, dim=-1) if self.rank == 0 else None
 
 
-def attend(layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(
+    layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     """One sequence and no cache, by the definition."""
+    q, k = prepare_heads(q, k, cos, sin, layer.q_weight, layer.k_weight, layer.eps)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    is_later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(is_later, -torch.inf).softmax(dim=-1)
+    places = torch.arange(len(q))
+    distance = places.unsqueeze(1) - places
+    is_hidden = (distance < 0) | (distance >= (layer.window or len(q)))
+    weights = scores.masked_fill(is_hidden, -torch.inf).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, v).contiguous()
 
 

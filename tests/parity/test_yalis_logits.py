@@ -74,6 +74,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-yarn": QWEN3 | {"rope_parameters": YARN},
     "mistral": MISTRAL,
     "mistral-wide-heads": MISTRAL | {"head_dim": 18, "rms_norm_eps": 1e-3},
+    "mistral-window": MISTRAL | {"sliding_window": 18},
+    "qwen2-window": QWEN2
+    | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3-window-of-one": QWEN3
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+    },
     "mistral-window-unreached": MISTRAL | {"sliding_window": 256},
     "everything": {
         "rope_parameters": LLAMA3 | {"factor": 32.0},

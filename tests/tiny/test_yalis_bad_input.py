@@ -134,8 +134,6 @@ BROKEN: dict[str, tuple[Damage, str]] = {
                    r"tensor model.layers.0.self_attn.q_norm.weight is missing"),
     "biases": (edit("config.json", architectures=["Qwen2ForCausalLM"]),
                r"tensor model.layers.0.self_attn.q_proj.bias is missing"),
-    "window": (edit("config.json", architectures=["MistralForCausalLM"], sliding_window=100),
-               r"sliding window of 100 tokens.* max_model_len is 2048; set it to at most 100"),
     "no window": (edit("config.json", architectures=["MistralForCausalLM"], sliding_window=0),
                   r"sliding_window is 0"),
     "rope factor": (edit("config.json", rope_scaling={"type": "linear"}), r"factor is None"),

@@ -57,15 +57,31 @@ class AttentionMetadata:
     cache_indices: Tensor
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What is particular to one layer's attention. A weight `[head_dim]` asks for its heads' RMSNorm."""
+
+    idx: int
+    window: int | None = None  # how many tokens one sees, itself included; None is all before it
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 0.0
+
+
 class AttentionStep(Protocol):
     """Attention for one batch; the same for all layers."""
 
-    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v of the new tokens, then attend from q to everything its sequence has stored.
+    def __call__(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Normalise the heads of q and k, turn them to their positions, store k and v of the new tokens, then
+        attend from q to everything its sequence has stored, or to the layer's window of it.
 
-        All rows are stored before any attends, because sequences of one step may share blocks. q
-        `[num_tokens, num_heads, head_dim]`; k and v `[num_tokens, num_kv_heads, head_dim]`; returns
-        q's shape. Causal: a token sees its own sequence, up to itself, and nothing else.
+        The first two are `functional.prepare_heads`, whoever computes it: a GPU does all before attending
+        in one launch. All rows are stored before any attends, because sequences of one step may share
+        blocks. q `[num_tokens, num_heads, head_dim]`; k and v `[num_tokens, num_kv_heads, head_dim]`, whose
+        rows may be strided and may be overwritten; cos and sin `[num_tokens, head_dim / 2]`. Returns q's
+        shape, contiguous. Causal: a token sees its own sequence, up to itself, and nothing else.
         """
         ...
 

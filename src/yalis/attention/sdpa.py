@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from yalis.attention import AttentionMetadata, CacheShape
+from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape
+from yalis.layers.functional import prepare_heads
 
 
 class SdpaAttention:
@@ -71,24 +72,30 @@ class SdpaStep:
     cache_indices: Tensor
     spans: tuple[_Span, ...]
 
-    def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        q, k = prepare_heads(q, k, cos, sin, layer.q_weight, layer.k_weight, layer.eps)
         out = torch.empty_like(q)
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys, values = self.keys[layer.idx], self.values[layer.idx]
         keys.index_copy_(0, self.cache_indices, k)
         values.index_copy_(0, self.cache_indices, v)
         for span in self.spans:
             rows = slice(span.row, span.row + span.num_new)
-            out[rows] = _attend(q[rows], span.of(keys), span.of(values))
+            out[rows] = _attend(q[rows], span.of(keys), span.of(values), layer.window)
         return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """One sequence: q `[num_new, heads, dim]`, its last tokens, over k and v `[length, kv_heads, dim]`.
 
     Consecutive query heads share a key head; the group is a dimension of its own, so that keys and
     values are never copied once per query head.
     """
     num_new, num_heads, head_dim = q.shape
+    if window is not None:  # what the first new token does not see, none does
+        seen = slice(max(0, len(k) - num_new + 1 - window), None)
+        k, v = k[seen], v[seen]
     length, num_kv_heads, _ = k.shape
     grouped = q.view(num_new, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if num_new == 1:
@@ -98,9 +105,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = grouped.permute(1, 2, 0, 3)
     k = k.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
     v = v.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
-    if num_new == length:
+    if num_new == length and (window is None or length <= window):
         attended = F.scaled_dot_product_attention(grouped, k, v, is_causal=True)
     else:
         mask = torch.ones(num_new, length, dtype=torch.bool, device=q.device).tril(length - num_new)
+        if window is not None:
+            mask &= mask.new_ones(mask.shape).triu(length - num_new + 1 - window)
         attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     return attended.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)

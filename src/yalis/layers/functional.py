@@ -2,7 +2,8 @@
 """The arithmetic of a decoder, and the one place where each operation finds who computes it.
 
 The torch code below is the specification: what the checkpoints' own code computes, with a rounding to the
-tensor's type after each operation. Rows are tokens; every row is computed by itself.
+tensor's type after each operation. Rows are tokens; every row is computed by itself. On a GPU 16-bit types
+have kernels of their own, imported only there; float32 keeps to torch, whose products do not round to tf32.
 """
 
 from __future__ import annotations
@@ -11,10 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A product with so few rows is bound by reading the weight; with more, cuBLAS is at its best.
+_FEW_ROWS = 64
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[num_tokens, num_in]` W^T + b: `[num_tokens, num_out]`."""
+    if _has_kernels(x) and len(x) <= _FEW_ROWS:
+        from yalis.kernels import linear as kernels
+
+        return kernels.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of a product `[num_tokens, 2 * size]`, gates first: `[num_tokens, size]`."""
+    if _has_kernels(x):
+        from yalis.kernels import activation
+        from yalis.kernels import linear as kernels
+
+        if len(x) <= _FEW_ROWS and bias is None:
+            return kernels.linear_silu_and_mul(x, weight)
+        return activation.silu_and_mul(linear(x, weight, bias))
+    gate, up = linear(x, weight, bias).chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,6 +43,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The order of Llama's checkpoints: normalised in fp32, rounded to x's type, weighted in that type.
     """
+    if _has_kernels(x) and x.dim() == 2:
+        from yalis.kernels import norm
+
+        return norm.rms_norm(x, weight, eps)
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
@@ -29,25 +54,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(rms_norm(s, weight, eps), s)` with s = x + residual, rounded; all `[num_tokens, size]`."""
+    if _has_kernels(x):
+        from yalis.kernels import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """`[num_tokens, 2 * size]`, gates first, to silu(gate) * up `[num_tokens, size]`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+def prepare_heads(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The heads of both, each RMS-normalised where there is a weight `[head_dim]`, then turned.
 
-
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads `[num_tokens, num_heads, head_dim]` of both, turned by their token's angles.
-
-    Component i pairs with i + head_dim / 2. `cos` and `sin` are `[num_tokens, head_dim / 2]`.
+    q and k are `[num_tokens, num_heads, head_dim]`, with heads of their own number. Component i turns with
+    i + head_dim / 2, by its token's angles; `cos` and `sin` are `[num_tokens, head_dim / 2]`.
     """
+    q = q if q_weight is None else rms_norm(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm(k, k_weight, eps)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32

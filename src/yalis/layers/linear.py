@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from yalis.layers.functional import linear
+from yalis.layers.functional import linear, linear_silu_and_mul
 from yalis.parallel.group import Placement
 from yalis.weights.loader import WeightPart
 
@@ -60,6 +60,13 @@ class ColumnLinear(nn.Module):
             yield WeightPart(f"{name}.weight", shape, (rows, slice(0, shape[1])), weight)
             if bias is not None:
                 yield WeightPart(f"{name}.bias", shape[:1], (rows,), bias)
+
+
+class GatedLinear(ColumnLinear):
+    """silu(gate) * up of two pieces, gate first: `[num_tokens, in_features]` to `[num_tokens, size of one]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_silu_and_mul(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):

@@ -36,7 +36,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Turns `[num_tokens]` positions into the cosines and sines that `functional.rotate` takes.
+    """Turns `[num_tokens]` positions into the cosines and sines that `functional.prepare_heads` takes.
 
     They are computed once for all `num_positions`, in float32, and kept in the model's dtype.
     """

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from yalis.attention import AttentionStep
+from yalis.attention import AttentionLayer, AttentionStep
 from yalis.config import ModelConfig
-from yalis.layers.functional import rotate, silu_and_mul
-from yalis.layers.linear import ColumnLinear, Piece, RowLinear
+from yalis.layers.linear import ColumnLinear, GatedLinear, Piece, RowLinear
 from yalis.layers.norm import RMSNorm
 from yalis.layers.rotary import Rotary
 from yalis.layers.vocabulary import VocabularyEmbedding, VocabularyHead
@@ -32,7 +31,7 @@ class Attention(nn.Module):
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         q = _head_rows(even_split(num_heads, at.tp.size, at.tp.rank), dim)
         kv = _head_rows(kv_head_split(num_kv_heads, at.tp.size, at.tp.rank), dim)
-        self._layer_idx, self._head_dim = layer_idx, dim
+        self._head_dim = dim
         self._num_heads = [len(rows) // dim for rows in (q, kv, kv)]
         pieces = [
             Piece("q_proj", num_heads * dim, q),
@@ -41,17 +40,22 @@ class Attention(nn.Module):
         ]
         self.qkv_proj = ColumnLinear(hidden, pieces, config.traits.qkv_bias, at)
         self.o_proj = RowLinear(num_heads * dim, q, hidden, config.traits.o_bias, at)
-        eps, has_norm = config.rms_norm_eps, config.traits.has_qk_norm
-        self.q_norm = RMSNorm(dim, eps, at) if has_norm else None
-        self.k_norm = RMSNorm(dim, eps, at) if has_norm else None
+        self.q_norm = self.k_norm = None
+        if config.traits.has_qk_norm:
+            self.q_norm = RMSNorm(dim, config.rms_norm_eps, at)
+            self.k_norm = RMSNorm(dim, config.rms_norm_eps, at)
+        self._layer = AttentionLayer(
+            idx=layer_idx,
+            window=config.traits.window(layer_idx),
+            q_weight=self.q_norm.weight if self.q_norm else None,
+            k_weight=self.k_norm.weight if self.k_norm else None,
+            eps=config.rms_norm_eps,
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttentionStep) -> Tensor:
         heads = self.qkv_proj(x).view(x.shape[0], -1, self._head_dim)
         q, k, v = heads.split(self._num_heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, k, cos, sin)
-        out = attend(self._layer_idx, q, k, v)
+        out = attend(self._layer, q, k, v, cos, sin)
         y: Tensor = self.o_proj(out.view(x.shape[0], -1))
         return y
 
@@ -65,11 +69,11 @@ class MLP(nn.Module):
         bias = config.traits.mlp_bias
         mine = even_split(size, at.tp.size, at.tp.rank)
         pieces = [Piece("gate_proj", size, mine), Piece("up_proj", size, mine)]
-        self.gate_up_proj = ColumnLinear(hidden, pieces, bias, at)
+        self.gate_up_proj = GatedLinear(hidden, pieces, bias, at)
         self.down_proj = RowLinear(size, mine, hidden, bias, at)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        y: Tensor = self.down_proj(self.gate_up_proj(x))
         return y
 
 

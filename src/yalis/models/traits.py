@@ -22,6 +22,9 @@ class Traits:
     has_qk_norm: bool = False  # each head of q and k is RMS-normalised before it is rotated
     windows: tuple[int | None, ...] = ()
 
+    def window(self, layer_idx: int) -> int | None:
+        return self.windows[layer_idx] if self.windows else None
+
 
 def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     """The windows of Qwen2 and Qwen3: off by default, else in the layers that config.json names."""

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder's arithmetic: the order of roundings, and that a GPU's kernels are asked for the same thing."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from yalis.layers import functional
+from yalis.parallel.all_reduce import NoAllReduce
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_norms_have_the_bits_of_transformers(dtype: torch.dtype) -> None:
+    theirs = LlamaRMSNorm(300, eps=1e-5).to(dtype)
+    theirs.weight.data = 1 + 0.3 * randn(300, dtype=dtype)
+    x, residual = randn(50, 300, dtype=dtype), 7 * randn(50, 300, dtype=dtype).flip(0)
+    total = x + residual
+    want = theirs(total)
+    got = NoAllReduce().add_rms_norm(x, residual, theirs.weight, 1e-5)
+    assert torch.equal(got[1], total)
+    # The mean of squares may be added in another order: a last bit, now and then.
+    assert (got[0] != want).float().mean() < 0.01
+    torch.testing.assert_close(got[0], want, rtol=0.01, atol=0)
+    assert torch.equal(functional.rms_norm(total, theirs.weight, 1e-5), got[0])
+
+
+def fakes(calls: list[str]) -> dict[str, dict[str, Any]]:
+    """The kernels' functions as their own documentation describes them, in torch."""
+    reference = {
+        "linear": lambda x, weight, bias=None: torch.nn.functional.linear(x, weight, bias),
+        "linear_silu_and_mul": lambda x, weight: gated(torch.nn.functional.linear(x, weight)),
+        "silu_and_mul": lambda gate_up: gated(gate_up),
+        "rms_norm": lambda x, weight, eps: llama_norm(weight, eps)(x),
+        "add_rms_norm": lambda x, r, weight, eps: (llama_norm(weight, eps)(x + r), x + r),
+    }
+
+    def noting(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return reference[name](*args)
+
+        return call
+
+    places = {
+        "linear": ("linear", "linear_silu_and_mul"),
+        "activation": ("silu_and_mul",),
+        "norm": ("rms_norm", "add_rms_norm"),
+    }
+    return {module: {name: noting(name) for name in names} for module, names in places.items()}
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def llama_norm(weight: Tensor, eps: float) -> Any:
+    norm = LlamaRMSNorm(len(weight), eps=eps)
+    norm.weight.data = weight
+    return norm
+
+
+CALLS: list[tuple[str, tuple[Any, ...], str]] = [
+    ("linear", (randn(64, 30), randn(20, 30)), "linear"),
+    ("linear", (randn(1, 30), randn(20, 30), randn(20)), "linear"),
+    ("linear", (randn(65, 30), randn(20, 30)), ""),
+    ("linear_silu_and_mul", (randn(3, 30), randn(20, 30)), "linear_silu_and_mul"),
+    ("linear_silu_and_mul", (randn(3, 30), randn(20, 30), randn(20)), "linear silu_and_mul"),
+    ("linear_silu_and_mul", (randn(99, 30), randn(20, 30)), "silu_and_mul"),
+    ("rms_norm", (randn(5, 32), randn(32), 1e-5), "rms_norm"),
+    ("rms_norm", (randn(5, 2, 32), randn(32), 1e-5), ""),
+    ("add_rms_norm", (randn(5, 32), randn(5, 32).flip(0), randn(32), 1e-5), "add_rms_norm"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "kernels"), CALLS)
+def test_a_gpu_asks_its_kernels_for_what_torch_computes(
+    name: str, args: tuple[Any, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = getattr(functional, name)(*args)
+    calls: list[str] = []
+    for module_name, functions in fakes(calls).items():
+        module = ModuleType(module_name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"yalis.kernels.{module_name}", module)
+        monkeypatch.setattr(f"yalis.kernels.{module_name}", module, raising=False)
+    monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
+    torch.testing.assert_close(getattr(functional, name)(*args), want)
+    assert calls == kernels.split()
