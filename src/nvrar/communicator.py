@@ -72,9 +72,9 @@ class Communicator:
     """An all-reduce over ``group``. Creation is collective over the group, and so is every call.
 
     Several may live in one process, on the same, different or overlapping groups. One communicator is
-    not thread-safe: its calls are made one after the other, in the same order on all ranks. On GPUs, run
-    large messages (megabytes) of two communicators on one stream, or one after the other: each fills the
-    GPU with blocks that wait for a peer, and two ranks that begin with different ones would wait in vain.
+    not thread-safe: its calls are made one after the other, in the same order on all ranks. On GPUs, two
+    communicators may work at the same time on two streams, whichever order each rank begins them in; a third
+    with messages of megabytes may find no room, as each takes up to half of a GPU's while it waits for peers.
     The first communicator with a GPU is collective over the default process group, because NVSHMEM is.
 
     Args:

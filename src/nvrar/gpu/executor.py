@@ -33,6 +33,7 @@ class Prepared:
     ragged: kernel.Function
     shape: LaunchShape
     align: int
+    overlaps: bool  # the launch may begin while the one before it ends
     shared_bytes: int = 0
     configs: dict[int, Any] = field(default_factory=dict)  # by stream
 
@@ -117,7 +118,7 @@ class GpuExecutor:
             config = function.config(
                 prepared.shape,
                 raw_stream,
-                overlaps=self._overlaps,
+                overlaps=prepared.overlaps,
                 shared_bytes=prepared.shared_bytes,
             )
             prepared.configs[raw_stream] = config
@@ -154,7 +155,8 @@ class GpuExecutor:
         whole, ragged = (self._function(algorithm, dtype, op, whole=w) for w in (True, False))
         most = min(self._most_blocks(whole, plan), self._most_blocks(ragged, plan))
         shape = layout.launch_shape(plan, packets, num_bytes, most, algorithm.shape)
-        return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
+        overlaps = self._may_overlap(shape, most)
+        return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes, overlaps)
 
     def has_room_for(self, rows: Rows, algorithm: Algorithm) -> bool:
         plan, packets = algorithm.plan, algorithm.packets
@@ -178,7 +180,9 @@ class GpuExecutor:
         shared = rows.shared_bytes(plan, packets)
         most = self._most_blocks(function, plan, shared)
         shape = rows.launch_shape(plan, packets, most, has_clusters=self._is_hopper)
-        return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
+        overlaps = self._may_overlap(shape, most)
+        align = packets.align_bytes
+        return Prepared(args, pointers, function, function, shape, align, overlaps, shared)
 
     def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
         """Compiles and loads what :meth:`prepare_rows` would. Local."""
@@ -200,6 +204,10 @@ class GpuExecutor:
         must both find room, in whatever order the ranks launch them."""
         resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
         return max(1, self._num_processors * resident // 2)
+
+    def _may_overlap(self, shape: LaunchShape, most_blocks: int) -> bool:
+        # The next launch's blocks then take room too, while they wait for this one.
+        return self._overlaps and 2 * shape.blocks <= most_blocks
 
     def _function(
         self,
