@@ -16,8 +16,9 @@ from pathlib import Path
 from nvrar import NvrarError
 from yalis.errors import ConfigError, YalisError
 from yalis.llm import LLM
-from yalis.options import ALL_REDUCES, DEVICES, LOAD_FORMATS
+from yalis.options import DEVICES, LOAD_FORMATS
 from yalis.outputs import RequestOutput
+from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.sampling_params import SamplingParams

@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from yalis.config import DTYPES, ModelConfig
+from yalis.device import device_type
 from yalis.errors import ConfigError
+from yalis.parallel.all_reduce import ALL_REDUCES, SYMM_MEM_ALL_REDUCES
+from yalis.parallel.symm_mem import require_symm_mem
 
-ALL_REDUCES = ("nvrar", "torch")
-_GPU_ALL_REDUCES = ("symm-one-shot", "symm-two-shot")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -66,11 +67,6 @@ class EngineOptions:
                 f"tensor_parallel_size {self.tensor_parallel_size} is not a multiple of num_nodes "
                 f"{self.num_nodes}; every node holds equally many ranks"
             )
-        if self.all_reduce in _GPU_ALL_REDUCES:
-            raise ConfigError(
-                f"all_reduce is {self.all_reduce!r}, which needs CUDA symmetric memory and is not built "
-                f"yet; use one of {', '.join(ALL_REDUCES)}"
-            )
         _require_one_of("all_reduce", self.all_reduce, ALL_REDUCES)
         if self.all_reduce_plan != "auto" and self.all_reduce != "nvrar":
             raise ConfigError(
@@ -85,6 +81,8 @@ class EngineOptions:
 
     def check_against(self, model: ModelConfig) -> None:
         """Raise ConfigError where this model cannot be served so."""
+        if self.all_reduce in SYMM_MEM_ALL_REDUCES:
+            require_symm_mem(self.all_reduce, device_type(self.device), self.resolved_dtype(model))
         heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
         size = self.tensor_parallel_size
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and divides_kv(kv_heads, n)]

@@ -63,7 +63,7 @@ class ColumnLinear(nn.Module):
 
 
 class GatedLinear(ColumnLinear):
-    """silu(gate) * up of two pieces, gate first: `[num_tokens, in_features]` to `[num_tokens, size of one]`."""
+    """silu(gate) * up of two pieces, gate first: `[num_tokens, in_features]` to `[num_tokens, size]`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_silu_and_mul(x, self.weight, self.bias)

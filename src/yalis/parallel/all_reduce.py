@@ -15,6 +15,9 @@ from torch import Tensor
 import nvrar
 from yalis.layers import functional
 
+SYMM_MEM_ALL_REDUCES = ("symm-one-shot", "symm-two-shot")
+ALL_REDUCES = ("nvrar", "torch", *SYMM_MEM_ALL_REDUCES)
+
 
 class AllReduce(Protocol):
     """Sums a tensor over the ranks of the tensor-parallel group."""
@@ -61,7 +64,7 @@ class NoAllReduce(AllReduce):
 class TorchAllReduce(AllReduce):
     """`torch.distributed.all_reduce`: gloo on CPU, NCCL on CUDA. The peer that nvrar is measured by."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._num_calls = 0
 
@@ -80,9 +83,7 @@ class TorchAllReduce(AllReduce):
 class NvrarAllReduce(AllReduce):
     """`nvrar.Communicator`, in place."""
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, nodes: tuple[int, int] | None, plan: str
-    ) -> None:
+    def __init__(self, group: dist.ProcessGroup, nodes: tuple[int, int] | None, plan: str) -> None:
         topology = None  # nvrar detects it from the launcher's variables or the host names
         if nodes is not None:
             topology = nvrar.Topology(num_nodes=nodes[0], ranks_per_node=nodes[1])
@@ -102,11 +103,15 @@ class NvrarAllReduce(AllReduce):
 def make_all_reduce(
     name: str,
     *,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     nodes: tuple[int, int] | None,
     plan: str,
 ) -> AllReduce:
     """The backend called `name` over `group`. Collective. `nodes` is (num_nodes, ranks_per_node)."""
     if name == "torch":
         return TorchAllReduce(group)
+    if name in SYMM_MEM_ALL_REDUCES:
+        from yalis.parallel.symm_mem import SymmMemAllReduce  # which derives from AllReduce
+
+        return SymmMemAllReduce(name, group)
     return NvrarAllReduce(group, nodes, plan)
