@@ -233,15 +233,17 @@ def check_streams() -> None:
     order = list(zip(comms, [torch.cuda.Stream() for _ in comms], strict=True))
     if RANK % 2:
         order.reverse()
-    results = {}
+    # Given: making a tensor may wait for all streams, and then for the other communicator's peers.
+    results = {comm: torch.empty_like(everyone[RANK]) for comm in comms}
+    small = torch.empty_like(everyone[RANK, :9999])
     torch.cuda.synchronize()
     for turn in range(50):
         for comm, stream in order:
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(20_000 * (turn % 3))
                 for _ in range(3):
-                    results[comm] = comm.all_reduce(everyone[RANK])
-                    comm.all_reduce(everyone[RANK, :9999])
+                    comm.all_reduce(everyone[RANK], out=results[comm])
+                    comm.all_reduce(everyone[RANK, :9999], out=small)
     for comm in comms:
         comm.check()
         assert torch.equal(bits(results[comm]), bits(expected))

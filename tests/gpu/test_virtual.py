@@ -134,7 +134,7 @@ def test_sum_residual_and_norm_have_the_bits_of_the_three_apart(word, dtype, pac
 
     plan = Plan.parse(word)
     ranks = plan.world_size
-    cluster = VirtualCluster(plan, packets, dtype, max_bytes=1 << 20, jitter_ns=2000)
+    cluster = VirtualCluster(plan, packets, dtype, max_bytes=4 << 20, jitter_ns=2000)
     align = 16 // dtype.itemsize
     for hidden in (align, 3 * align, 480, 1024, 5120, 16384):
         for num_rows in (1, 3, 40):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nvrar.errors import PeerTimeout
+from nvrar.errors import ArgumentError, PeerTimeout
 from nvrar.gpu import jit, kernel, layout
 from nvrar.gpu.layout import Format, LaunchShape, Rows
 from nvrar.plan import Plan
@@ -112,6 +112,7 @@ class VirtualCluster:
 
     def prepare(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Call:
         """One all-reduce of these tensors, ready to launch as often as wanted."""
+        self._check_room(layout.inbox_bytes(self.plan, self.packets, inputs[0].nbytes))
         whole = True
         for args, x, out in zip(self._table, inputs, outputs, strict=True):
             args.in_, args.out = x.data_ptr(), out.data_ptr()
@@ -134,6 +135,7 @@ class VirtualCluster:
         """The same with residual and RMSNorm (csrc/rows.cuh), of tensors ``[..., hidden]``."""
         hidden = weight.numel()
         rows = Rows(inputs[0].numel() // hidden, hidden * weight.element_size())
+        self._check_room(rows.inbox_bytes(self.plan, self.packets))
         tensors = zip(inputs, residuals, outputs, residuals_out, strict=True)
         for args, (x, residual, out, residual_out) in zip(self._table, tensors, strict=True):
             args.in_, args.out = x.data_ptr(), out.data_ptr()
@@ -145,6 +147,13 @@ class VirtualCluster:
         most = self._most_blocks(function, shared)
         shape = rows.launch_shape(self.plan, self.packets, most, self._is_hopper)
         return Call(self._packed_table(), function, shape, shared)
+
+    def _check_room(self, inbox_bytes: int) -> None:
+        if inbox_bytes > self._parity_bytes:
+            raise ArgumentError(
+                f"the message needs an inbox of {inbox_bytes} bytes, and the virtual cluster was made for "
+                f"{self._parity_bytes}; give it a larger max_bytes"
+            )
 
     def _packed_table(self) -> Tensor:
         packed = b"".join(bytes(args) for args in self._table)
