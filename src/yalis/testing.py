@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a small random Llama checkpoint in the Hugging Face layout, for the demo and for tests."""
+"""Makes a small random checkpoint in the Hugging Face layout, for the demo and for tests."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_checkpoint(
     vocabulary larger than the built-in prose can teach leaves its last ids without a text.
     """
     folder = Path(folder)
-    raw = _config(dtype, overrides)
+    raw = config_json(dtype, **overrides)
     config = ModelConfig.from_dict(raw)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", raw)
@@ -67,7 +67,8 @@ def make_checkpoint(
     return folder
 
 
-def _config(dtype: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def config_json(dtype: str = "float32", **overrides: Any) -> dict[str, Any]:
+    """The content of a small model's config.json; `overrides` replace fields."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

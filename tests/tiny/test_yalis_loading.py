@@ -17,7 +17,7 @@ from yalis.errors import CheckpointError
 from yalis.models.decoder import CausalLM
 from yalis.parallel.all_reduce import NoAllReduce
 from yalis.parallel.group import Placement, TensorParallel
-from yalis.testing import make_checkpoint
+from yalis.testing import config_json, make_checkpoint
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights, random_weight
 from yalis.weights.loader import WeightPart, load_weights, weight_parts
@@ -140,6 +140,35 @@ def test_dummy_weights_look_drawn_at_random() -> None:
     assert torch.linalg.matrix_norm(noise, 2) < 2.1 * 512**0.5
     assert random_weight("x.norm.weight", (512,), 0).mean() == pytest.approx(1, abs=0.02)
     assert random_weight("x.bias", (512,), 0).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_dummy_weights_need_a_config_alone(name: str) -> None:
+    config = ModelConfig.from_dict(config_json(num_hidden_layers=1, **SHAPES[name]))
+    model = rank_model(config, 1, 2, "cpu")
+    for part in weight_parts(model):
+        part.target.fill_(torch.nan)
+    load_weights(model, DummyWeights(0))
+    for parameter in model.parameters():
+        assert parameter.isfinite().all()
+
+
+# How many parameters the published checkpoints have.
+EXAMPLES = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "qwen3-8b": 8_190_735_360,
+    "mistral-7b": 7_248_023_552,
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_configs_have_the_published_shapes(name: str) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "configs" / name
+    model = rank_model(ModelConfig.from_folder(folder), 0, 1, "meta")
+    assert sum(part.target.numel() for part in weight_parts(model)) == EXAMPLES[name]
+    assert {path.parent.name for path in folder.parent.glob("*/config.json")} == EXAMPLES.keys()
 
 
 def test_progress_counts_every_part(tmp_path: Path) -> None:
