@@ -14,9 +14,8 @@ import torch
 from llama_reference import reference_logits, save_random_model
 from torch import Tensor
 
-from yalis.attention import AttentionLayer
+from plain_attention import attend
 from yalis.config import ModelConfig
-from yalis.layers.functional import prepare_heads
 from yalis.models.decoder import CausalLM
 from yalis.parallel.all_reduce import AllReduce
 from yalis.parallel.group import Placement, TensorParallel
@@ -80,20 +79,6 @@ class ThreadParallel(TensorParallel):
         assert self.meeting is not None
         parts = self.meeting.exchange(self.rank, x)
         return torch.cat(parts, dim=-1) if self.rank == 0 else None
-
-
-def attend(
-    layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
-    """One sequence and no cache, by the definition."""
-    q, k = prepare_heads(q, k, cos, sin, layer.q_weight, layer.k_weight, layer.eps)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
-    places = torch.arange(len(q))
-    distance = places.unsqueeze(1) - places
-    is_hidden = (distance < 0) | (distance >= (layer.window or len(q)))
-    weights = scores.masked_fill(is_hidden, -torch.inf).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, v).contiguous()
 
 
 @torch.inference_mode()
