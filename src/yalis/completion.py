@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from yalis.core import INVALID_TOKEN, RowLogprobs, Sequence
 from yalis.outputs import CompletionOutput, Logprob, TokenLogprobs
 from yalis.tokenizer import Detokenizer, Tokenizer
@@ -122,13 +124,8 @@ class Completion:
         return self._tokenizer.decode_after(self.sequence.prompt_token_ids, token_ids)
 
     def _token_logprobs(self, token_id: int, row: RowLogprobs) -> TokenLogprobs:
-        likeliest = {
-            token: (logprob, rank) for rank, (token, logprob) in enumerate(row.top.items(), 1)
-        }
-        chosen = {token_id: (row.drawn, row.rank)} | likeliest
-        return {
-            token: Logprob(
-                logprob, rank, self._tokenizer.decode([token]) if self._tokenizer else None
-            )
-            for token, (logprob, rank) in chosen.items()
-        }
+        likeliest = islice(row.top.items(), self.sequence.params.logprobs)
+        entries = {token_id: (row.drawn, row.rank)}
+        entries |= {token: (logprob, rank) for rank, (token, logprob) in enumerate(likeliest, 1)}
+        decode = self._tokenizer.decode if self._tokenizer else lambda _: None
+        return {token: Logprob(*entry, decode([token])) for token, entry in entries.items()}

@@ -76,7 +76,10 @@ INVALID_TOKEN = -1  # drawn from logits that were not all finite
 
 @dataclass(frozen=True)
 class RowLogprobs:
-    """Of one drawn token: its log probability and rank, and the likeliest tokens with theirs."""
+    """Of one drawn token: its log probability and rank, and the likeliest tokens, in order, with theirs.
+
+    There are as many of these as any request of the step asked for.
+    """
 
     drawn: float
     rank: int

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from yalis.completion import Completion
@@ -117,8 +117,7 @@ class Engine:
             for index in range(params.n)
         ]
         completions = [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences]
-        metrics = RequestMetrics(arrival_s=time.monotonic())
-        self._live[request_id] = _Live(request, completions, is_streamed, metrics)
+        self._live[request_id] = _Live(request, completions, is_streamed, time.monotonic())
         for sequence in sequences:
             self._scheduler.add(sequence)
         return request_id
@@ -188,11 +187,8 @@ class Engine:
         completion = live.completions[sequence.index]
         num_before = len(sequence.output_token_ids) - 1
         completion.append(logprobs)
-        live.metrics = replace(
-            live.metrics,
-            first_token_s=live.metrics.first_token_s or now_s,
-            last_token_s=now_s,
-        )
+        live.first_token_s = live.first_token_s or now_s
+        live.last_token_s = now_s
         output = None
         if sequence.is_finished:
             self._scheduler.retire(sequence)
@@ -222,7 +218,9 @@ class _Live:
     request: Request
     completions: list[Completion]
     is_streamed: bool
-    metrics: RequestMetrics
+    arrival_s: float
+    first_token_s: float | None = None
+    last_token_s: float | None = None
 
     def output(self, request_id: int) -> RequestOutput:
         return RequestOutput(
@@ -230,5 +228,5 @@ class _Live:
             prompt_token_ids=self.request.token_ids,
             outputs=tuple(completion.output() for completion in self.completions),
             request_id=request_id,
-            metrics=self.metrics,
+            metrics=RequestMetrics(self.arrival_s, self.first_token_s, self.last_token_s),
         )

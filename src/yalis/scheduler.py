@@ -18,7 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from yalis.blocks import ROOT, BlockPool
+from yalis.blocks import BlockPool
 from yalis.core import Admission, Batch, NewBlocks, Sequence
 from yalis.errors import RequestError
 
@@ -88,12 +88,10 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to do before the steps under way have ended."""
         step = _StepBuilder(self._max_num_batched_tokens)
-        num_running = len(self._running)
         self._add_decodes(step)
-        has_preempted = len(self._running) < num_running
         for sequence in self._running:
             self._add_chunk(step, sequence)
-        while not has_preempted and step.budget and self._waiting:
+        while step.budget and self._waiting:
             admitted = self._admit(step)
             if admitted is None:
                 break
@@ -152,7 +150,6 @@ class Scheduler:
         sequence.blocks = []
         sequence.slot, sequence.has_drawn = -1, False
         sequence.num_computed = sequence.num_published = 0
-        sequence.content = ROOT
 
     def _full_blocks(self, sequence: Sequence) -> Iterator[tuple[int, ...]]:
         """The tokens of its blocks, without the last: that is computed in any case, to draw from."""

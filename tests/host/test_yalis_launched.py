@@ -36,6 +36,12 @@ for all_reduce, num_nodes in (("nvrar", 2), ("torch", 1), ("nvrar", 1)):
             llm.generate(["Once", "x"][rank], greedy)
         except RequestError as error:
             said.append(str(error))
+with LLM(model, tensor_parallel_size=2, all_reduce="torch", async_scheduling=True) as llm:
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=2, logprobs=1)
+    updates = list(llm.stream("Once", params))
+    texts = ["".join(u.text for u in updates if u.index == index) for index in range(2)]
+    assert texts == [one.text for one in updates[-1].output.outputs]
+    said.append([[one.text, [list(e) for e in one.logprobs]] for one in updates[-1].output.outputs])
 try:
     LLM(model, tensor_parallel_size=1)
 except ValueError as error:
@@ -55,11 +61,15 @@ def check(model: str, folder: Path) -> None:
         greedy = [list(o.token_ids) for o in llm.generate(["Once", "x"], GREEDY)]
         params = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, ignore_eos=True)
         drawn = [list(o.token_ids) for o in llm.generate(["Once", "x"], params)]
+        params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=2, logprobs=1)
+        outputs = llm.generate("Once", params)[0].outputs
+        stream = [[o.text, [list(entry) for entry in o.logprobs or ()]] for o in outputs]
     for rank in range(2):
         said = json.loads((folder / f"{rank}.json").read_text())
-        wrong_size = said.pop()
+        wrong_size, streamed = said.pop(), said.pop()
         assert "launcher started 2 ranks, but tensor_parallel_size is 1" in wrong_size
         assert len(said) == 9
+        assert streamed == stream
         for greedy_said, _, refusal in zip(*[iter(said)] * 3, strict=True):
             assert greedy_said == greedy
             assert "ranks [1] were given other prompts or sampling_params than rank 0" in refusal

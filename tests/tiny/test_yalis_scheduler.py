@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
-from yalis_fakes import alone, make_engine, request
+from yalis_fakes import FLAWED_SEED, alone, make_engine, request
 
 from yalis import RequestError
 from yalis.core import Request
@@ -47,7 +47,9 @@ class AnyTraffic(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
     )
     def add(self, prompt: list[int], max_tokens: int, n: int, ignore_eos: bool) -> int:
-        wanted = request(prompt, max_tokens, n=n, seed=len(prompt), ignore_eos=ignore_eos)
+        wanted = request(
+            prompt, max_tokens, n=n, seed=FLAWED_SEED - 10 + len(prompt), ignore_eos=ignore_eos
+        )
         most = min(len(prompt) + max_tokens, self.max_model_len)
         if most - 1 > self.capacity:
             with pytest.raises(RequestError, match=f"may take {most} tokens"):
@@ -103,9 +105,9 @@ class AnyTraffic(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_blocks
         for request_id, wanted in self.asked.items():
             for output in self.said[request_id].outputs:
-                tokens, reason = alone(
-                    wanted, len(wanted.token_ids) + output.index, self.max_model_len
-                )
+                assert wanted.params.seed is not None
+                seed = wanted.params.seed + output.index
+                tokens, reason = alone(wanted, seed, self.max_model_len)
                 if output.finish_reason == "abort":
                     assert tokens[: len(output.token_ids)] == output.token_ids
                 else:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model without weights, for tests of what is around one: a token is the hash of its whole context.
 
-It reads the context through block tables from a cache of its own, so any block that is missing, stale, or
-wrongly shared gives another token.
+What it keeps of a token in its cache hashes all that came before, as keys and values do in effect. It reads
+them through block tables, so any block that is missing, stale, or wrongly shared gives other tokens.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from yalis.scheduler import Scheduler
 
 VOCAB_SIZE = 6
 END = 0
+FLAWED_SEED = 1000  # from this on, some tokens come from logits that are not finite
 
 
-def next_token(seed: int, context: tuple[int, ...]) -> int:
-    value = hash((seed, context))
-    return INVALID_TOKEN if value % 41 == 0 else value % VOCAB_SIZE
+def state_after(states: list[int], token: int) -> int:
+    return hash((token, *states))
+
+
+def next_token(seed: int, states: list[int]) -> int:
+    value = hash((seed, *states))
+    return INVALID_TOKEN if seed >= FLAWED_SEED and value % 19 == 0 else value % VOCAB_SIZE
 
 
 def alone(request: Request, seed: int, max_model_len: int) -> tuple[tuple[int, ...], str]:
@@ -30,11 +35,15 @@ def alone(request: Request, seed: int, max_model_len: int) -> tuple[tuple[int, .
     context, params = request.token_ids, request.params
     max_len = min(len(context) + params.max_tokens, max_model_len)
     num_prompt = len(context)
+    states: list[int] = []
+    for token in context:
+        states.append(state_after(states, token))
     while True:
-        token = next_token(seed, context)
+        token = next_token(seed, states)
         if token == INVALID_TOKEN:
             return context[num_prompt:], "error"
         context = (*context, token)
+        states.append(state_after(states, token))
         if token == END and not params.ignore_eos:
             return context[num_prompt:], "stop"
         if len(context) == max_len:
@@ -79,14 +88,15 @@ class HashExecutor:
                 place = self._place(slot, position)
                 assert place not in written, "two sequences of one step write to one place"
                 written.add(place)
-                self._cache[place[0]][place[1]] = token
+                # Those who share a block of this step come after the one who writes it.
+                state = state_after(self._states(slot, position), token)
+                self._cache[place[0]][place[1]] = state
         drawn = []
         is_drawing = (True,) * batch.num_decodes + batch.is_drawing
         for (slot, num_cached, tokens), draws in zip(rows, is_drawing, strict=True):
             if draws:
-                places = [self._place(slot, i) for i in range(num_cached + len(tokens))]
-                context = tuple(self._cache[block][offset] for block, offset in places)
-                drawn.append(next_token(self._how[slot].seed, context))
+                states = self._states(slot, num_cached + len(tokens))
+                drawn.append(next_token(self._how[slot].seed, states))
                 self._last[slot] = drawn[-1]
         self._results.append(StepResult(tuple(drawn)))
 
@@ -101,6 +111,10 @@ class HashExecutor:
             first += num_new
         assert first == len(batch.token_ids)
         return tokens
+
+    def _states(self, slot: int, length: int) -> list[int]:
+        places = [self._place(slot, position) for position in range(length)]
+        return [self._cache[block][offset] for block, offset in places]
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self._block_size)

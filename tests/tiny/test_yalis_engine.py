@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine decides, step by step, over a model that hashes its context."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from yalis_fakes import FLAWED_SEED, alone, make_engine, request
+
+from yalis import RequestError
+from yalis.blocks import ROOT, BlockPool
+from yalis.core import Batch, StepResult
+from yalis.engine import Engine
+from yalis.outputs import RequestOutput
+
+
+def run(engine: Engine) -> dict[int, RequestOutput]:
+    outputs = {}
+    while engine.has_work:
+        for update in engine.step():
+            if update.output is not None:
+                outputs[update.request_id] = update.output
+    return outputs
+
+
+def long(first: int, num_tokens: int = 40) -> list[int]:
+    """A prompt that shares no block with that of another `first`."""
+    return [first, *([1, 2, 3, 4, 5] * num_tokens)][:num_tokens]
+
+
+def shape(batch: Batch) -> tuple[int, tuple[int, ...]]:
+    return batch.num_decodes, batch.num_new
+
+
+def test_decodes_come_first_then_chunks_then_the_next_in_line() -> None:
+    engine, executor, _ = make_engine(budget=16, depth=1, max_num_seqs=3)
+    for first in range(4):
+        engine.add(request(long(first), 9, ignore_eos=True, seed=first + 2))
+    for _ in range(7):
+        engine.step()
+    # 40 = 16 + 16 + 8; from then on each step decodes first, and the rest of the budget reads prompts.
+    assert [shape(batch) for batch in executor.batches] == [
+        (0, (16,)),
+        (0, (16,)),
+        (0, (8, 8)),
+        (1, (15,)),
+        (1, (15,)),
+        (1, (2, 13)),
+        (2, (14,)),
+    ]
+    run(engine)
+    assert max(len(batch.slots) for batch in executor.batches) == 3
+
+
+def test_a_step_is_submitted_before_the_one_before_it_is_collected() -> None:
+    engine, executor, _ = make_engine(depth=2)
+    engine.add(request([1, 2], 5, ignore_eos=True, seed=4))
+    engine.step()
+    assert executor.num_steps == 2
+    assert executor.batches[1].num_decodes == 1
+    assert executor.batches[1].token_ids == ()  # the ranks know the token, we do not yet
+    run(engine)
+    assert executor.num_steps == 5  # none was computed in vain
+
+
+def test_a_token_drawn_after_the_end_is_dropped() -> None:
+    for seed in range(200):
+        wanted = request([1, 2], 9, seed=seed)
+        tokens, reason = alone(wanted, seed, 100)
+        if reason == "stop" and 1 < len(tokens) < 7:
+            break
+    engine, executor, pool = make_engine(depth=2)
+    engine.add(wanted)
+    [output] = run(engine).values()
+    assert (output.token_ids, output.finish_reason) == (tokens, "stop")
+    assert executor.num_steps == len(tokens) + 1
+    assert pool.num_free == pool.num_blocks
+
+
+def test_preemption_takes_the_last_and_it_goes_on_where_it_was() -> None:
+    engine, executor, _ = make_engine(num_blocks=8, block_size=4, max_num_seqs=3, depth=2)
+    wanted = [request(long(i, 6), 20, ignore_eos=True, seed=10 * i + 3) for i in range(3)]
+    ids = [engine.add(one) for one in wanted]
+    outputs, last_step = {}, {}
+    for step in range(1000):
+        if not engine.has_work:
+            break
+        for update in engine.step():
+            last_step[update.request_id] = step
+            outputs[update.request_id] = update.output
+    for request_id, one, seed in zip(ids, wanted, (3, 13, 23), strict=True):
+        output = outputs[request_id]
+        assert output is not None
+        assert (output.token_ids, output.finish_reason) == alone(one, seed, 100)
+    admitted = [admission for batch in executor.batches for admission in batch.admissions]
+    assert len(admitted) > 3
+    assert last_step[ids[0]] < last_step[ids[1]] < last_step[ids[2]]
+    assert sum(admission.seed == 3 for admission in admitted) == 1  # the first never lost its place
+
+
+def test_equal_beginnings_are_computed_once() -> None:
+    computed = {}
+    for shares in (True, False):
+        engine, executor, _ = make_engine(shares_prefixes=shares, budget=64)
+        ids = [engine.add(request([*long(0), i], 1, seed=5)) for i in range(2)]
+        first = run(engine)
+        ids += [engine.add(request([*long(0), 1], 1, seed=5))]
+        computed[shares] = executor.num_tokens
+        outputs = first | run(engine)
+        assert outputs[ids[1]].token_ids == outputs[ids[2]].token_ids
+        last = executor.batches[-1]
+        assert (last.num_cached, last.num_new) == (((40,), (1,)) if shares else ((0,), (41,)))
+    # Together in one step, ten blocks of four are written by the one and read by the other.
+    assert computed == {True: 41 + 1, False: 82}
+
+
+def test_the_continuations_of_one_prompt_share_it_and_differ() -> None:
+    engine, executor, _ = make_engine(budget=64)
+    wanted = request(long(0), 8, n=4, seed=3, ignore_eos=True)
+    engine.add(wanted)
+    [output] = run(engine).values()
+    assert executor.batches[0].num_new == (40, 4, 4, 4)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2, 3]
+    for index, completion in enumerate(output.outputs):
+        assert (completion.token_ids, completion.finish_reason) == alone(wanted, 3 + index, 100)
+    assert len({completion.token_ids for completion in output.outputs}) == 4
+    assert output.token_ids == output.outputs[0].token_ids
+
+
+def test_the_chain_of_an_evicted_block_matches_nothing() -> None:
+    pool = BlockPool(4, 2)
+    [a] = pool.allocate(1)
+    first = pool.publish(a, ROOT, (1, 2))
+    [b] = pool.allocate(1)
+    pool.publish(b, first, (3, 4))
+    pool.release([a, b])
+    assert pool.find([(1, 2), (3, 4), (5, 6)]) == [a, b]
+    pool.allocate(3)  # two blank ones, and b, the end of the chain
+    assert pool.find([(1, 2), (3, 4)]) == [a]
+    assert pool.share([a]) == first
+    pool.withdraw([a])
+    assert pool.find([(1, 2)]) == []
+    other = pool.publish(a, ROOT, (1, 2))
+    assert other != first
+    assert pool.find([(1, 2), (3, 4)]) == [a]
+
+
+def test_what_is_used_is_evicted_later() -> None:
+    pool = BlockPool(3, 1)
+    blocks = pool.allocate(3)
+    for block in blocks:
+        pool.publish(block, ROOT, (block,))
+    pool.release([0, 1, 2])  # the last of a sequence becomes the oldest
+    pool.share(pool.find([(2,)]))
+    pool.release([2])
+    assert pool.allocate(2) == [0, 1]
+    assert pool.find([(2,)]) == [2]
+
+
+def test_a_decode_step_says_little() -> None:
+    engine, executor, _ = make_engine(num_blocks=4096, max_num_seqs=256, budget=10_000)
+    for i in range(256):
+        engine.add(request(long(i), 30, ignore_eos=True, seed=7 * i))
+    for _ in range(3):
+        engine.step()
+    batch = executor.batches[2]
+    assert batch.num_decodes > 200
+    assert len(pickle.dumps(batch)) < 2000
+
+
+def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
+    engine, _, _ = make_engine(num_blocks=5, block_size=4)
+    with pytest.raises(
+        RequestError, match=r"may take 22 tokens, but the cache holds 20; .*kv_cache_memory_bytes"
+    ):
+        engine.add(request([1] * 10, 12))
+    assert not engine.has_work
+    engine.add(request([1] * 10, 11, ignore_eos=True, seed=1))  # the last token needs no place
+    assert len(run(engine)) == 1
+
+
+def test_cancelling_gives_what_there_is_and_nothing_follows() -> None:
+    engine, _, pool = make_engine(depth=2, max_num_seqs=1)
+    wanted = request([1, 2, 3], 20, ignore_eos=True, seed=8)
+    running, waiting = engine.add(wanted), engine.add(wanted)
+    news = [update for _ in range(3) for update in engine.step()]
+    output = engine.cancel(running)
+    assert output is not None
+    assert (output.finish_reason, len(output.token_ids)) == ("abort", 3)
+    assert [update.token_ids[0] for update in news] == list(output.token_ids)
+    never_begun = engine.cancel(waiting)
+    assert never_begun is not None
+    assert (never_begun.finish_reason, never_begun.token_ids) == ("abort", ())
+    assert engine.cancel(waiting) is None
+    assert run(engine) == {}
+    assert pool.num_free == pool.num_blocks
+
+
+def test_what_gave_no_numbers_is_not_shared() -> None:
+    engine, executor, pool = make_engine()
+    for seed in range(FLAWED_SEED, FLAWED_SEED + 200):
+        wanted = request(long(0), 9, seed=seed, ignore_eos=True)
+        if alone(wanted, seed, 100)[1] == "error":
+            break
+    engine.add(wanted)
+    [output] = run(engine).values()
+    assert (output.token_ids, output.finish_reason) == alone(wanted, seed, 100)
+    assert "NaN" in str(output.outputs[0].error)
+    engine.add(wanted)
+    run(engine)
+    assert [batch.num_cached for batch in executor.batches if batch.admissions] == [(0,), (0,)]
+    assert pool.num_free == pool.num_blocks
+
+
+def test_after_a_failed_step_the_engine_is_empty_and_works() -> None:
+    engine, executor, pool = make_engine(depth=2)
+    engine.add(request(long(0), 20, ignore_eos=True, seed=1))
+    engine.step()
+
+    def fail() -> StepResult:
+        raise ConnectionError("gone")
+
+    executor.result = fail  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        engine.step()
+    del executor.result  # type: ignore[method-assign]
+    assert not engine.has_work
+    assert pool.find([tuple(long(0)[:4])]) == []  # it may never have been computed
+    wanted = request(long(0), 5, ignore_eos=True, seed=1)
+    engine.add(wanted)
+    [output] = run(engine).values()
+    assert (output.token_ids, output.finish_reason) == alone(wanted, 1, 100)
+
+
+def test_times_are_in_order() -> None:
+    engine, _, _ = make_engine()
+    engine.add(request([1, 2], 4, ignore_eos=True, seed=4))
+    [output] = run(engine).values()
+    times = output.metrics
+    assert times is not None
+    assert times.first_token_s is not None
+    assert times.last_token_s is not None
+    assert times.arrival_s <= times.first_token_s <= times.last_token_s
