@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from functools import cache
+
 import torch
 
 from yalis.errors import ConfigError
@@ -29,3 +33,15 @@ def require_gpus(num_local_ranks: int) -> None:
             f"{num_local_ranks} ranks on this host need a GPU each, and it has {count}; lower "
             'tensor_parallel_size or set device="cpu"'
         )
+
+
+@cache
+def has_kernels() -> bool:
+    """Whether `yalis.kernels` can be imported. Says once what it means where it cannot."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    logging.getLogger("yalis").warning(
+        "triton is not installed, so torch's own operations and no CUDA graphs are used, which is several "
+        "times slower; pip install triton"
+    )
+    return False

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from yalis.core import INVALID_TOKEN, Admission, Batch, RowLogprobs, StepResult
 from yalis.parallel.group import TensorParallel
-from yalis.sampler import Logprobs, Sampler
+from yalis.sampler import Logprobs, Sampled, Sampler, draw_likeliest
 from yalis.sampling_params import Draw
 from yalis.staging import Download
 
@@ -35,31 +35,45 @@ class Drawing:
         self._tp, self._device = tp, device
         self._sampler = Sampler(max_num_seqs, vocab_size, device)
         self._slots: dict[int, Admission] = {}
+        self._particular: set[int] = set()  # slots that want more than the likeliest token
 
     def admit(self, admissions: tuple[Admission, ...]) -> None:
         for admission in admissions:
             self._slots[admission.slot] = admission
+            if _is_plain(admission):
+                self._particular.discard(admission.slot)
+            else:
+                self._particular.add(admission.slot)
             if admission.params.has_penalties and self._tp.rank == 0:
                 tokens, num_prompt = admission.token_ids, admission.num_prompt_tokens
                 self._sampler.start(admission.slot, tokens[:num_prompt], tokens[num_prompt:])
+
+    def is_plain(self, batch: Batch) -> bool:
+        """Whether `draw_likeliest` is all that this batch asks for."""
+        return self._particular.isdisjoint(batch.slots)
+
+    def draw_likeliest(self, logits: Tensor | None, num_rows: int) -> Tensor:
+        """The likeliest token of each row, `[num_rows]` as `Drawn.token_ids`. Collective, capturable."""
+        return self._shared(None if logits is None else draw_likeliest(logits), num_rows)
 
     def draw(self, batch: Batch, logits: Tensor | None) -> Drawn:
         """Draw for the batch's drawing rows, of which rank 0 brings the logits. Collective."""
         if not batch.num_draws:
             return Drawn(torch.empty(0, dtype=torch.int64, device=self._device))
         draws = self._draws(batch)
-        if logits is None:
-            token_ids, logprobs = (
-                torch.empty(len(draws), dtype=torch.int64, device=self._device),
-                None,
-            )
-        else:
-            sampled = self._sampler.sample(logits, draws)
-            token_ids = sampled.token_ids.masked_fill(~sampled.is_finite, INVALID_TOKEN)
-            logprobs = sampled.logprobs
-        self._tp.broadcast(token_ids)
+        sampled = None if logits is None else self._sampler.sample(logits, draws)
         wants_logprobs = any(draw.params.logprobs is not None for draw in draws)
-        return Drawn(token_ids, wants_logprobs, logprobs)
+        token_ids = self._shared(sampled, len(draws))
+        return Drawn(token_ids, wants_logprobs, sampled.logprobs if sampled else None)
+
+    def _shared(self, sampled: Sampled | None, num_rows: int) -> Tensor:
+        """Rank 0's tokens on every rank."""
+        if sampled is None:
+            token_ids = torch.empty(num_rows, dtype=torch.int64, device=self._device)
+        else:
+            token_ids = sampled.token_ids.masked_fill(~sampled.is_finite, INVALID_TOKEN)
+        self._tp.broadcast(token_ids)
+        return token_ids
 
     def _draws(self, batch: Batch) -> list[Draw]:
         lengths = list(map(int.__add__, batch.num_cached, (1,) * batch.num_decodes + batch.num_new))
@@ -72,6 +86,12 @@ class Drawing:
                 banned = how.end_token_ids if idx < how.params.min_tokens else ()
                 draws.append(Draw(how.params, how.seed, idx, slot, banned))
         return draws
+
+
+def _is_plain(admission: Admission) -> bool:
+    p = admission.params
+    is_greedy = p.temperature == 0 and not p.has_penalties and p.logprobs is None
+    return is_greedy and not (p.min_tokens and admission.end_token_ids)
 
 
 class PendingStep:

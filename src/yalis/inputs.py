@@ -74,8 +74,8 @@ class InputPreparer:
         self._device_tables = torch.from_numpy(self._tables).to(device, copy=True)
         self._last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         num_seqs, num_tokens = max_num_seqs + 1, max(max_num_tokens, max_num_seqs + 1)
-        self._staging = Staging(3 * num_tokens + 5 * num_seqs, device)
-        self._table_staging = Staging(2 * num_seqs, device)
+        self._staging = Staging(3 * num_tokens + 5 * num_seqs, 8, device)
+        self._table_staging = Staging(2 * num_seqs, 2, device)
 
     def upload(self, batch: Batch, *, num_rows: int | None = None) -> Uploaded:
         """Bring a batch to the device. `num_rows` pads one that has decodes only to so many."""

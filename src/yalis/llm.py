@@ -47,7 +47,8 @@ class LLM:
     values lie in blocks of `block_size` tokens, in `kv_cache_memory_bytes` per rank; left out, that is 4 GiB
     on a CPU, and on a GPU what weights and the largest step leave of `gpu_memory_utilization` of its memory.
     `enable_prefix_caching` lets requests with the same beginning share its blocks. `async_scheduling`
-    prepares a step while the one before it runs; left out, it is on wherever that helps.
+    prepares a step while the one before it runs; left out, it is on wherever that helps. On a GPU steps that
+    only decode are CUDA graphs, captured while loading, unless `enforce_eager`.
 
     Raises ConfigError or CheckpointError, before any process starts, for what cannot work; WorkerError
     when a rank fails. Close it, or use it as a context manager, to stop the workers.
@@ -73,6 +74,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool = True,
         async_scheduling: bool | None = None,
+        enforce_eager: bool = False,
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> None:
@@ -94,6 +96,7 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             async_scheduling=async_scheduling,
+            enforce_eager=enforce_eager,
             seed=seed,
         )
         self.config = ModelConfig.from_folder(options.model)

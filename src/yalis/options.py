@@ -36,6 +36,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
+    enforce_eager: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +58,7 @@ class EngineOptions:
             )
         _require_one_of("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_one_of("async_scheduling", self.async_scheduling, (None, True, False))
+        _require_one_of("enforce_eager", self.enforce_eager, (True, False))
         if self.pipeline_parallel_size != 1:
             raise ConfigError(
                 f"pipeline_parallel_size is {self.pipeline_parallel_size}; only 1 is supported yet. "

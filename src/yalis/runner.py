@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yalis.attention import AttentionBackend, CacheShape
-from yalis.attention.sdpa import SdpaAttention
+from yalis.attention.choice import make_attention
 from yalis.config import ModelConfig
 from yalis.core import Batch, NewBlocks
-from yalis.drawing import Drawing, PendingStep
-from yalis.inputs import InputPreparer, StepInputs
+from yalis.drawing import Drawing, Drawn, PendingStep
+from yalis.graphs import DecodeGraphs, capture_sizes
+from yalis.inputs import InputPreparer, StepInputs, Uploaded
 from yalis.memory import cache_bytes, num_blocks_in
 from yalis.models.decoder import CausalLM
 from yalis.options import EngineOptions
@@ -23,6 +25,14 @@ from yalis.trace import trace_on
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights
 from yalis.weights.loader import Progress, WeightSource, check_weights, load_weights
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Of each row of a step of decodes: the likeliest token, and on rank 0 the logits `[num_rows, vocab]`."""
+
+    token_ids: Tensor
+    logits: Tensor | None
 
 
 class Runner:
@@ -48,25 +58,55 @@ class Runner:
             block_size=options.block_size,
             dtype=dtype,
         )
+        tp.all_reduce.warm_up(dtype)
+        tp.barrier()  # an all-reduce waits less long than a slow rank may load
         num_bytes = tp.minimum(cache_bytes(options, device, self._warm_up), device)
         self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
         self._attention, self._inputs = self._make_cache(self.num_blocks)
         self._drawing = Drawing(tp, options.max_num_seqs, config.vocab_size, device)
+        self._graphs: DecodeGraphs[Decoded] | None = None
+        if self._attention.is_capturable and not options.enforce_eager:
+            self._graphs = self._capture(on_progress)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> PendingStep:
         """Compute a step; returns, on a GPU, before it has run. Its tokens are every rank's to wait for,
         the log probabilities rank 0's.
         """
+        num_rows = self._graphs.num_rows_for(batch) if self._graphs else None
         with self._trace("prepare"):
-            inputs = self._inputs.assemble(self._inputs.upload(batch))
             self._drawing.admit(batch.admissions)
+            uploaded = self._inputs.upload(batch, num_rows=num_rows)
+        if self._graphs is not None and num_rows is not None:
+            with self._trace("decode"):
+                decoded = self._graphs.replay(num_rows)
+            return self._finish(batch, uploaded, decoded)
         with self._trace("forward"):
+            inputs = self._inputs.assemble(uploaded)
             hidden = self._forward(inputs)
             logits = self._logits(hidden, inputs) if batch.num_draws else None
         with self._trace("sample"):
             drawn = self._drawing.draw(batch, logits)
             self._inputs.remember(inputs.drawing_slots, drawn.token_ids)
+            return PendingStep(drawn)
+
+    def decode(self, uploaded: Uploaded) -> Decoded:
+        """A step of decodes only, that draws the likeliest tokens: device work alone, to be captured."""
+        inputs = self._inputs.assemble(uploaded)
+        logits = self._logits(self._forward(inputs), inputs)
+        token_ids = self._drawing.draw_likeliest(logits, uploaded.num_decodes)
+        self._inputs.remember(inputs.drawing_slots, token_ids)
+        return Decoded(token_ids, logits)
+
+    def _finish(self, batch: Batch, uploaded: Uploaded, decoded: Decoded) -> PendingStep:
+        """The result of a padded step of decodes."""
+        num_seqs = len(batch.slots)
+        with self._trace("sample"):
+            if self._drawing.is_plain(batch):
+                return PendingStep(Drawn(decoded.token_ids[:num_seqs]))
+            logits = None if decoded.logits is None else decoded.logits[:num_seqs]
+            drawn = self._drawing.draw(batch, logits)
+            self._inputs.remember(uploaded.drawing_slots[:num_seqs], drawn.token_ids)
             return PendingStep(drawn)
 
     @torch.inference_mode()
@@ -90,10 +130,27 @@ class Runner:
             hidden = hidden.index_select(0, inputs.drawing_rows)
         return self.model.compute_logits(hidden)
 
+    @torch.inference_mode()
+    def _capture(self, on_progress: Progress | None) -> DecodeGraphs[Decoded]:
+        def upload(num_rows: int) -> Uploaded:
+            nothing = Batch(num_decodes=0, slots=(), num_cached=())
+            return self._inputs.upload(nothing, num_rows=num_rows)
+
+        sizes = capture_sizes(self._options.max_num_seqs)
+        return DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
+
     def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
         options, device = self._options, self._device
         # The last block is for rows that pad a batch.
-        attention = SdpaAttention(self._cache_shape, num_blocks + 1, device)
+        attention = make_attention(
+            self._cache_shape,
+            num_blocks + 1,
+            device,
+            num_heads=self._config.num_attention_heads // self._tp.size,
+            max_num_seqs=options.max_num_seqs,
+            max_model_len=options.resolved_max_model_len(self._config),
+            windows=self._config.traits.windows,
+        )
         inputs = InputPreparer(
             max_num_seqs=options.max_num_seqs,
             max_num_tokens=options.max_num_batched_tokens,

@@ -65,12 +65,9 @@ class Sampler:
         self._penalties.start(slot, prompt_ids, output_ids)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:
-        """Row i of the `[n, vocab]` logits drawn as `draws[i]` says. The logits stay as they are.
-
-        When every draw is greedy and asks for nothing else, this can be captured in a CUDA graph.
-        """
-        highest, token_ids = logits.max(dim=-1)
-        is_finite = highest.isfinite() & logits.amin(dim=-1).isfinite()
+        """Row i of the `[n, vocab]` logits drawn as `draws[i]` says. The logits stay as they are."""
+        likeliest = draw_likeliest(logits)
+        token_ids, is_finite = likeliest.token_ids, likeliest.is_finite
         penalised, banned = _penalised(draws), _banned(draws)
         portions = _portions(draws, logits.shape[-1])
         on_device = _stage([penalised, banned, *(table for _, table in portions)], logits.device)
@@ -91,6 +88,12 @@ class Sampler:
         if penalised:
             self._penalties.add(on_device[0], token_ids)
         return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
+
+
+def draw_likeliest(logits: Tensor) -> Sampled:
+    """Each row's likeliest token. Can be captured in a CUDA graph."""
+    highest, token_ids = logits.max(dim=-1)
+    return Sampled(token_ids, highest.isfinite() & logits.amin(dim=-1).isfinite())
 
 
 def _penalised(draws: Sequence[Draw]) -> Table:

@@ -13,28 +13,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+_ALIGN = 4  # int32
+
 
 class Staging:
     """Small int32 arrays of the host, laid end to end, to one place on the device by one copy.
 
-    The place moves only when more is uploaded than ever before, and more than `capacity`.
+    The place moves only when more is uploaded than ever before, and more than `capacity` in `num_parts`.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, num_parts: int, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._on_device = torch.empty(capacity, dtype=torch.int32, device=device)
+        size = capacity + num_parts * _ALIGN
+        self._on_device = torch.empty(size, dtype=torch.int32, device=device)
 
     def upload(self, parts: Sequence[NDArray[np.int32]]) -> list[Tensor]:
-        """Each part as a tensor on the device: valid, in stream order, until the next upload."""
-        sizes = [len(part) for part in parts]
-        total = sum(sizes)
+        """Each part as a tensor on the device: valid, in stream order, until the next upload.
+
+        Parts begin at multiples of 16 bytes: kernels are compiled for aligned pointers.
+        """
+        rooms = [-(-len(part) // _ALIGN) * _ALIGN for part in parts]
+        total = sum(rooms)
         if total > len(self._on_device):
             self._on_device = self._on_device.new_empty(max(total, 2 * len(self._on_device)))
         host = torch.empty(total, dtype=torch.int32, pin_memory=self._is_cuda)
-        np.concatenate(parts, out=host.numpy(), casting="same_kind")
         on_device = self._on_device[:total]
+        numbers, start = host.numpy(), 0
+        for part, room in zip(parts, rooms, strict=True):
+            numbers[start : start + len(part)] = part
+            start += room
         on_device.copy_(host, non_blocking=True)
-        return list(torch.split(on_device, sizes))
+        placed = torch.split(on_device, rooms)
+        return [room[: len(part)] for part, room in zip(parts, placed, strict=True)]
 
 
 class Download:

@@ -87,9 +87,10 @@ class AttentionStep(Protocol):
 
 
 class AttentionBackend(Protocol):
-    def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
-        """What the layers of one step share, computed once.
+    is_capturable: (
+        bool  # whether steps can be part of a CUDA graph: then nothing waits for the device
+    )
 
-        On CUDA it must not wait for the device, and be capturable in a graph.
-        """
+    def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
+        """What the layers of one step share, computed once."""
         ...

@@ -22,6 +22,8 @@ from yalis.layers.functional import prepare_heads
 class SdpaAttention:
     """Keys and values in one tensor each, `[num_layers, num_blocks * block_size, num_kv_heads, head_dim]`."""
 
+    is_capturable = False  # reads lengths on the host
+
     def __init__(self, shape: CacheShape, num_blocks: int, device: torch.device) -> None:
         size = (shape.num_layers, num_blocks * shape.block_size, shape.num_kv_heads, shape.head_dim)
         self._block_size = shape.block_size

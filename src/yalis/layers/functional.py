@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from yalis.device import has_kernels
+
 # A product with so few rows is bound by reading the weight; with more, cuBLAS is at its best.
 _FEW_ROWS = 64
 
@@ -88,4 +90,4 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float32
+    return x.is_cuda and x.dtype != torch.float32 and has_kernels()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,6 +41,10 @@ class AllReduce(Protocol):
         normed is `functional.rms_norm` of that. Collective, like the call; may overwrite `x`.
         """
         return functional.add_rms_norm(self(x), residual, weight, eps)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Get ready for messages of `dtype` of any size, so that calls can be captured in a CUDA graph."""
+        return
 
     def describe(self) -> dict[str, Any]:
         """What runs, and how often it has run on this rank: for reports and tests."""
@@ -91,6 +96,18 @@ class NvrarAllReduce(AllReduce):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._communicator.all_reduce(x, out=x)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if not x.is_cuda:
+            return super().add_rms_norm(x, residual, weight, eps)
+        return self._communicator.all_reduce_add_rms_norm(x, residual, weight, eps, out=x)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        most = self._communicator.max_bytes
+        sizes = [*(1 << exponent for exponent in range(most.bit_length())), most]
+        self._communicator.warmup(sizes, dtype, norm=True)
 
     def describe(self) -> dict[str, Any]:
         stats = self._communicator.stats

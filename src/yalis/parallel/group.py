@@ -51,6 +51,11 @@ class TensorParallel:
         if self.size > 1:
             dist.broadcast(x, group=self.group, group_src=0)
 
+    def barrier(self) -> None:
+        """Wait for the other ranks. Collective."""
+        if self.size > 1:
+            dist.barrier(self.group)
+
     def minimum(self, value: int, device: torch.device) -> int:
         """The ranks' least `value`. Collective; waits for the device."""
         if self.size == 1:

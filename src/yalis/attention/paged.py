@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on a GPU: one launch stores all sequences' keys and values, one or two attend for all of them.
+
+The kernels read lengths and blocks on the device, so a step waits for nothing and can be captured in a CUDA
+graph. For 16-bit types and layers that see everything before them; `sdpa.py` serves the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape
+from yalis.kernels.decode_attention import DecodeWorkspace, decode_attention, plan_decode
+from yalis.kernels.prefill_attention import prefill_attention
+from yalis.kernels.rotary import rotate_and_store
+
+
+class PagedAttention:
+    """Keys and values in one tensor each, `[num_layers, num_blocks, block_size, num_kv_heads, head_dim]`."""
+
+    is_capturable = True
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        num_blocks: int,
+        device: torch.device,
+        *,
+        num_heads: int,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        size = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+        self._keys = torch.empty(size, dtype=shape.dtype, device=device)
+        self._values = torch.empty(size, dtype=shape.dtype, device=device)
+        self._workspace = DecodeWorkspace.allocate(
+            max_num_seqs, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device
+        )
+
+    def prepare(self, metadata: AttentionMetadata) -> PagedStep:
+        plan_decode(metadata.query_starts, metadata.seq_lens, self._workspace)
+        return PagedStep(self._keys, self._values, self._workspace, metadata)
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    keys: Tensor
+    values: Tensor
+    workspace: DecodeWorkspace
+    metadata: AttentionMetadata
+
+    def __call__(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        at = self.metadata
+        keys, values = self.keys[layer.idx], self.values[layer.idx]
+        rotate_and_store(
+            q, k, v, cos, sin, keys, values, at.cache_indices,
+            q_weight=layer.q_weight, k_weight=layer.k_weight, eps=layer.eps,
+        )  # fmt: skip
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
+        scale = q.shape[-1] ** -0.5
+        # A chunk of one token is a decode to the kernels: where there are chunks, both are asked.
+        decode_attention(q, *where, self.workspace, out, scale=scale)
+        if at.max_query_len > 1:
+            prefill_attention(q, *where, out, scale=scale)
+        return out
