@@ -70,6 +70,8 @@ class Sampler:
         token_ids, is_finite = likeliest.token_ids, likeliest.is_finite
         penalised, banned = _penalised(draws), _banned(draws)
         portions = _portions(draws, logits.shape[-1])
+        if not (penalised or banned or portions):
+            return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
         on_device = _stage([penalised, banned, *(table for _, table in portions)], logits.device)
         changed = logits
         if penalised or banned:

@@ -72,6 +72,8 @@ class Checkpoint:
                 portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
                 region = (slice(rows.start, rows.start + len(some)), *others)
                 shard.read_into(portion, part.name, region)
+                if is_gpu and dtype != target.dtype:  # to convert on the GPU
+                    portion = portion.to(target.device, non_blocking=True)
                 some.copy_(portion, non_blocking=True)
                 rows = slice(region[0].stop, rows.stop)
 
