@@ -21,10 +21,10 @@ _LANES = 32
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``h = x + residual`` and ``h / sqrt(mean(h * h) + eps) * weight``, as ``(normalised, h)``.
+    """``h = x + residual`` and ``h * (1 / sqrt(mean(h * h) + eps)) * weight``, as ``(normalised, h)``.
 
     x, residual: ``[..., hidden]`` of one floating type; weight: ``[hidden]``. fp32 inside, rounded to the
-    type after the addition, after the division and after the weight, as transformers' LlamaRMSNorm does.
+    type after the addition, after the scale and after the weight, as transformers' LlamaRMSNorm does.
     The squares are added in one documented order, so that the result has the same bits wherever it is
     computed: in chunks of 960 bytes, each by 32 lanes (:func:`_dealt_to_lanes`), a lane's words of 8 bytes
     and their elements in turn, then the halves of the lanes, and of halves; then the chunks by 32 lanes in
@@ -32,9 +32,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     h = (x.float() + residual.float()).to(x.dtype)
     wide = h.float()
-    # By a tensor: by a number, torch on a GPU multiplies with the inverse, which is another result.
-    mean = _sum_of_squares(wide, _WORD_BYTES // x.element_size()) / wide.new_full((), x.shape[-1])
-    scale = 1.0 / torch.sqrt(mean + eps)
+    # As the kernel has it: times the inverse of the number, which is rounded to fp32.
+    mean = _sum_of_squares(wide, _WORD_BYTES // x.element_size()) * (1 / x.shape[-1])
+    scale = torch.sqrt(mean + eps).reciprocal()
     normed = (wide * scale.unsqueeze(-1)).to(x.dtype).float()
     return (normed * weight.float()).to(x.dtype), h
 

@@ -62,7 +62,7 @@ def test_the_order_of_the_squares_is_the_documented_one() -> None:
             lanes.append(total)
         chunks.append(halves(lanes))
     total = halves([chunks[i] if i < len(chunks) else zero for i in range(32)])
-    scale = 1 / torch.sqrt(total / torch.tensor(1100.0) + 1e-6)
+    scale = 1 / torch.sqrt(total * torch.tensor(1 / 1100) + 1e-6)
     weight = torch.ones(1100, dtype=torch.bfloat16)
     normed, _ = add_rms_norm(row, torch.zeros_like(row), weight, 1e-6)
     assert torch.equal(normed, (row.float() * scale).bfloat16())

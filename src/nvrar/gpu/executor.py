@@ -33,7 +33,6 @@ class Prepared:
     ragged: kernel.Function
     shape: LaunchShape
     align: int
-    overlaps: bool  # the launch may begin while the one before it ends
     shared_bytes: int = 0
     configs: dict[int, Any] = field(default_factory=dict)  # by stream
 
@@ -118,7 +117,7 @@ class GpuExecutor:
             config = function.config(
                 prepared.shape,
                 raw_stream,
-                overlaps=prepared.overlaps,
+                overlaps=bool(prepared.args.overlaps),
                 shared_bytes=prepared.shared_bytes,
             )
             prepared.configs[raw_stream] = config
@@ -155,8 +154,8 @@ class GpuExecutor:
         whole, ragged = (self._function(algorithm, dtype, op, whole=w) for w in (True, False))
         most = min(self._most_blocks(whole, plan), self._most_blocks(ragged, plan))
         shape = layout.launch_shape(plan, packets, num_bytes, most, algorithm.shape)
-        overlaps = self._may_overlap(shape, most)
-        return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes, overlaps)
+        self._let_overlap(args, shape, most)
+        return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
 
     def has_room_for(self, rows: Rows, algorithm: Algorithm) -> bool:
         plan, packets = algorithm.plan, algorithm.packets
@@ -178,11 +177,10 @@ class GpuExecutor:
         kernel.fill_rows(args, plan, packets, dtype, rows, eps)
         function = self._function(algorithm, dtype, "sum", rows=True)
         shared = rows.shared_bytes(plan, packets)
-        most = self._most_blocks(function, plan, shared)
+        most = self._most_blocks(function, plan, rows=True, shared_bytes=shared)
         shape = rows.launch_shape(plan, packets, most, has_clusters=self._is_hopper)
-        overlaps = self._may_overlap(shape, most)
-        align = packets.align_bytes
-        return Prepared(args, pointers, function, function, shape, align, overlaps, shared)
+        self._let_overlap(args, shape, most)
+        return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
 
     def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
         """Compiles and loads what :meth:`prepare_rows` would. Local."""
@@ -199,15 +197,18 @@ class GpuExecutor:
         self._workspace.fill(args, algorithm.plan, algorithm.packets)
         return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
-    def _most_blocks(self, function: kernel.Function, plan: Plan, shared_bytes: int = 0) -> int:
+    def _most_blocks(
+        self, function: kernel.Function, plan: Plan, rows: bool = False, shared_bytes: int = 0
+    ) -> int:
         """Half of what a GPU can hold at once: blocks wait for peers, so two communicators on two streams
         must both find room, in whatever order the ranks launch them."""
-        resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
+        resident = function.resident_blocks(layout.most_threads(plan, rows), shared_bytes)
         return max(1, self._num_processors * resident // 2)
 
-    def _may_overlap(self, shape: LaunchShape, most_blocks: int) -> bool:
-        # The next launch's blocks then take room too, while they wait for this one.
-        return self._overlaps and 2 * shape.blocks <= most_blocks
+    def _let_overlap(self, args: Any, shape: LaunchShape, most_blocks: int) -> None:
+        """Whether a launch may begin while the one before it ends, and the next while this one does. Then
+        the blocks of two take room at the same time."""
+        args.overlaps = self._overlaps and 2 * shape.blocks <= most_blocks
 
     def _function(
         self,

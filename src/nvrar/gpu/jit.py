@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +65,7 @@ class KernelSpec:
         defines = ["#define NVRAR_PUT"] if self.uses_put else []
         if self.jitter_ns:
             defines.append(f"#define NVRAR_JITTER_NS {self.jitter_ns}")
-        threads = most_threads(self.plan)
+        threads = most_threads(self.plan, self.rows)
         types = f"nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}"
         if self.rows:
             kernel = f"nvrar::all_reduce_add_rms_norm<{types}>"
@@ -107,14 +108,32 @@ def cubin(spec: KernelSpec) -> bytes:
     return kept(_key(spec.source(), spec.arch, spec.uses_put), lambda: build(spec).cubin)
 
 
-def _key(source: str, arch: str, with_nvshmem: bool) -> str:
-    parts = [source, arch, *_versions(with_nvshmem), _sources_digest()]
+def cubin_of_source(what: str, source: str, arch: str, folder: Path) -> bytes:
+    """The machine code of another package's kernel, kept like those of all-reduces.
+
+    ``what`` names it in errors; ``folder`` holds all that ``source`` includes besides CUDA's headers.
+
+    Raises:
+        CompileError: NVRTC refused.
+    """
+    key = _key(source, arch, False, folder)
+    return kept(key, lambda: build_source(what, source, arch, folder).cubin)
+
+
+def build_source(what: str, source: str, arch: str, folder: Path) -> Built:
+    """What :func:`cubin_of_source` compiles, whatever the cache holds."""
+    code, messages = _compile(what, source, arch, False, folder)
+    return Built(code, *_resources(messages))
+
+
+def _key(source: str, arch: str, with_nvshmem: bool, folder: Path = SOURCES) -> str:
+    parts = [source, arch, *_versions(with_nvshmem), _sources_digest(folder)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _sources_digest() -> str:
+def _sources_digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
+    for file in sorted(folder.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
@@ -166,10 +185,12 @@ def _put(arch: str) -> bytes:
     return kept(_key(source, arch, True), make)
 
 
-def _compile(what: str, source: str, arch: str, to_be_linked: bool) -> tuple[bytes, str]:
+def _compile(
+    what: str, source: str, arch: str, to_be_linked: bool, folder: Path = SOURCES
+) -> tuple[bytes, str]:
     from cuda.core import Program, ProgramOptions
 
-    folders = [str(SOURCES), *map(str, cuda_includes())]
+    folders = [str(folder), *map(str, cuda_includes())]
     if to_be_linked:
         folders.append(str(nvshmem_folder() / "include"))
     options = ProgramOptions(

@@ -25,6 +25,7 @@ class Norm(ctypes.Structure):
         ("weight", ctypes.c_uint64),
         ("row_bytes", ctypes.c_uint32),
         ("row_units", ctypes.c_uint32),
+        ("share", ctypes.c_float),
         ("eps", ctypes.c_float),
     )
 
@@ -47,6 +48,7 @@ def args_type(num_levels: int, num_peers: int) -> type[ctypes.Structure]:
             ("num_units", ctypes.c_uint32),
             ("signature", ctypes.c_uint32),
             ("call", ctypes.c_uint32),
+            ("overlaps", ctypes.c_uint32),
             ("digit", ctypes.c_uint32 * (num_levels + 1)),
             ("pe", ctypes.c_uint32 * (num_peers + 1)),
             ("peer", ctypes.c_uint64 * (num_peers + 1)),
@@ -96,6 +98,7 @@ def fill_rows(
     args.num_bytes = rows.num_rows * rows.row_bytes
     args.num_units = rows.num_rows * units
     args.norm.row_bytes, args.norm.row_units, args.norm.eps = rows.row_bytes, units, eps
+    args.norm.share = dtype.itemsize / rows.row_bytes
     args.signature = _signature(plan, packets.name, dtype, rows, eps)
 
 
@@ -121,6 +124,25 @@ class Function:
         )
         _check(status, "asking for the occupancy of a kernel")
         return max(1, int(blocks))
+
+    def take_shared(self, device_idx: int, shared_bytes: int) -> None:
+        """Allows launches with so much dynamic shared memory, and asks for as much of it as there is.
+
+        A multiprocessor that gives all it can to shared memory takes the next kernel's blocks without being
+        set up anew, for which it would have to be idle.
+        """
+        attributes, kernel = (
+            self._driver.CUfunction_attribute,
+            self._driver.CUkernel(int(self._handle)),
+        )
+        for attribute, value in (
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ):
+            (status,) = self._driver.cuKernelSetAttribute(
+                attribute, value, kernel, self._driver.CUdevice(device_idx)
+            )
+            _check(status, f"giving a kernel {shared_bytes} bytes of shared memory")
 
     def config(
         self,

@@ -23,7 +23,7 @@ inline void all_reduce(const Args<Plan>& args) {
     if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
     const Entry entry = enter(args.control);
     column.enter(entry);
-    let_next_kernel_start();
+    let_next_kernel_start(args);
     if constexpr (Columns::kLoadsAhead) {
         if (first - ahead < args.num_units) column.send_input(input);
     }

@@ -76,7 +76,6 @@ class Column {
     }
 
     void finish() {
-        tensor_.fetch(unit_, live_);
         Whole message{*this};
         if constexpr (Plan::kNumLevels > 0)
             descend<0>(message);

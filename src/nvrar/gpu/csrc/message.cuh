@@ -96,8 +96,6 @@ class Flat {
     Payload load(int part, u32 unit, bool live) const {
         return Words::load(args_.in, start(part, unit), live ? args_.num_bytes : 0);
     }
-    // What else the result of a unit takes, asked for before the wait.
-    void fetch(u32, bool) {}
     void store(int part, u32 unit, const Payload& value) const {
         Words::store(args_.out, start(part, unit), args_.num_bytes, value);
     }

@@ -2,7 +2,7 @@
 // The kernel that goes on after the sum: adds the residual and normalises each row (RMSNorm). A row is taken by
 // one block, or by the blocks of one cluster, so the norm needs nobody else.
 //
-//     h = round(sum + residual);  out = round(round(h / sqrt(mean(h * h) + eps)) * weight)
+//     h = round(sum + residual);  out = round(round(h * (1 / sqrt(mean(h * h) + eps))) * weight)
 //
 // in fp32 but for the roundings to the type. The squares are added in one order whatever the packets and the
 // launch: in chunks of 960 bytes, each by 32 lanes as LL128 deals it out to them, a lane's words and their
@@ -100,21 +100,24 @@ class Rows {
     // Adds the residual, and leaves the squares for `find_scale`.
     void store(int part, u32 unit, const Payload& sum) {
         Payload h = kHolds ? h_.get(part) : load_residual(part, unit, true);
+        const u64 from = start(part, unit);
         float squares = 0;
-        for_words(part, unit, [&](u64 at, int w) {
-            float a[kPerWord], b[kPerWord];
-            Type::widen(sum.word[w], a);
-            Type::widen(h.word[w], b);
 #pragma unroll
-            for (int e = 0; e < kPerWord; e++) a[e] = __fadd_rn(a[e], b[e]);
-            h.word[w] = Type::narrow(a);
+        for (int w = 0; w < Packet::kWords; w++) {
+            const int half = w / Words::kWords;
+            const u64 at = Words::offset(from, half) + 8 * (w % Words::kWords);
+            h.word[w] = Type::add(sum.word[w], h.word[w]);
+            float a[kPerWord];
             Type::widen(h.word[w], a);
             float of_word = __fmul_rn(a[0], a[0]);
 #pragma unroll
             for (int e = 1; e < kPerWord; e++) of_word = __fadd_rn(of_word, __fmul_rn(a[e], a[e]));
-            if constexpr (Packet::kThreads == 1) word_sums()[(at - row_start()) / 8] = of_word;
-            squares = __fadd_rn(squares, of_word);
-        });
+            const bool counts = Words::holds(half) && at < row_end();
+            if constexpr (Packet::kThreads == 1) {
+                if (counts) word_sums()[(at - row_start()) / 8] = of_word;
+            }
+            squares = __fadd_rn(squares, counts ? of_word : 0);
+        }
         if constexpr (Packet::kThreads == 32) {  // a unit is a chunk, but that parts may end within one
             squares = add_up_lanes(squares);
             const u32 chunk = part * args_.norm.row_units + unit - row_ * args_.norm.row_units;
@@ -148,8 +151,8 @@ class Rows {
         for (u32 chunk = lane; chunk < chunks; chunk += 32) total = __fadd_rn(total, chunk_sums()[chunk]);
         total = add_up_lanes(total);
         odd_ = !odd_;
-        const float mean = __fdiv_rn(total, float(words * kPerWord));
-        scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
+        const float mean = __fmul_rn(total, args_.norm.share);
+        scale = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
         return !failed;
     }
 
@@ -165,16 +168,11 @@ class Rows {
         }
 #pragma unroll
         for (int w = 0; w < Packet::kWords; w++) {
-            float a[kPerWord], b[kPerWord];
+            float a[kPerWord];
             Type::widen(h.word[w], a);
 #pragma unroll
             for (int e = 0; e < kPerWord; e++) a[e] = __fmul_rn(a[e], scale);
-            h.word[w] = Type::narrow(a);
-            Type::widen(h.word[w], a);
-            Type::widen(weight.word[w], b);
-#pragma unroll
-            for (int e = 0; e < kPerWord; e++) a[e] = __fmul_rn(a[e], b[e]);
-            h.word[w] = Type::narrow(a);
+            h.word[w] = Type::multiply(Type::narrow(a), weight.word[w]);
         }
         Words::store(args_.out, start(part, unit), row_end(), h);
     }
@@ -206,18 +204,6 @@ class Rows {
     Payload load_weight(int part, u32 unit, bool live) const {
         const u64 in_row = start(part, unit) - row_start();
         return Words::load(args_.norm.weight, in_row, live ? args_.norm.row_bytes : 0);
-    }
-
-    // The words of a unit that this thread holds: where each is in the tensor, and in the payload.
-    template <class Do>
-    void for_words(int part, u32 unit, Do&& action) const {
-#pragma unroll
-        for (int half = 0; half < Words::kHalves; half++) {
-            const u64 at = Words::offset(start(part, unit), half);
-            if (!Words::holds(half) || at >= row_end()) continue;
-#pragma unroll
-            for (int w = 0; w < Words::kWords; w++) action(at + 8 * w, half * Words::kWords + w);
-        }
     }
 
     // Two sets of chunks, used by rows in turn: a block may be one row ahead of another of its team. Behind
@@ -267,14 +253,15 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     // The first column is loaded while the epoch is on its way.
     if (threadIdx.x == 0) Tensor::broken() = 0;
     tensor.go_to_row(first_row);
-    column.go_to(first_row * units + first, first_row < rows ? (first_row + 1) * units : 0);
+    column.go_to(first_row * units + first, (first_row + 1) * units);
     typename Columns::Ahead input;
     if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
+    tensor.fetch(first_row * units + first, first < units);
     const Entry entry = enter(args.control);
     column.enter(entry);
-    let_next_kernel_start();
+    let_next_kernel_start(args);
     if constexpr (Columns::kLoadsAhead) {
-        if (first_row < rows && first - ahead < units) column.send_input(input);
+        if (first - ahead < units) column.send_input(input);
     }
     if (team.size > 1) team.meet();  // all have cleared their flag, and are there to be written to
     u32 row = first_row;
@@ -285,7 +272,10 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     const bool held = units <= step;  // one column a thread
 #pragma unroll 1
     for (row = first_row; row < rows; row += row_step) {
-        for_columns(row, first, [&](u32) { column.finish(); });
+        for_columns(row, first, [&](u32 unit) {
+            if (row != first_row || unit != row * units + first) tensor.fetch(unit, unit < (row + 1) * units);
+            column.finish();
+        });
         float scale;
         if (!tensor.find_scale(column.ok(), scale)) break;
         for_columns(row, first, [&](u32 unit) {

@@ -23,6 +23,24 @@ struct Float32 {
     static u64 narrow(const Acc* wide) {
         return u64(__float_as_uint(wide[1])) << 32 | __float_as_uint(wide[0]);
     }
+    // Element by element.
+    static u64 add(u64 a, u64 b) {
+        return combine(a, b, [](float x, float y) { return __fadd_rn(x, y); });
+    }
+    static u64 multiply(u64 a, u64 b) {
+        return combine(a, b, [](float x, float y) { return __fmul_rn(x, y); });
+    }
+
+  private:
+    template <class Combine>
+    static u64 combine(u64 a, u64 b, Combine op) {
+        Acc x[2], y[2];
+        widen(a, x);
+        widen(b, y);
+        x[0] = op(x[0], y[0]);
+        x[1] = op(x[1], y[1]);
+        return narrow(x);
+    }
 };
 
 struct Int32 {
@@ -60,6 +78,25 @@ struct Float16Bits {
         u64 word;
         memcpy(&word, pairs, 8);
         return word;
+    }
+    // Element by element, with the bits of fp32 and then rounding: fp32 has more than twice their digits.
+    static u64 add(u64 a, u64 b) {
+        return combine(a, b, [](Pair x, Pair y) { return __hadd2(x, y); });
+    }
+    static u64 multiply(u64 a, u64 b) {
+        return combine(a, b, [](Pair x, Pair y) { return __hmul2(x, y); });
+    }
+
+  private:
+    template <class Combine>
+    static u64 combine(u64 a, u64 b, Combine op) {
+        Pair x[2], y[2];
+        memcpy(x, &a, 8);
+        memcpy(y, &b, 8);
+        x[0] = op(x[0], y[0]);
+        x[1] = op(x[1], y[1]);
+        memcpy(&a, x, 8);
+        return a;
     }
 };
 

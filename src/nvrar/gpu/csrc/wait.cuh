@@ -30,6 +30,7 @@ struct Norm {
     const char* weight;
     u32 row_bytes;
     u32 row_units;  // units of a part in a row
+    float share;    // of an element in the mean: 1 / their number
     float eps;
 };
 
@@ -47,6 +48,7 @@ struct Args {
     u32 num_units;
     u32 signature;
     u32 call;
+    u32 overlaps;  // whether the next launch may begin early
     u32 digit[Plan::kNumLevels + 1];  // no array may be empty
     u32 pe[Plan::kNumPeers + 1];
     char* peer[Plan::kNumPeers + 1];  // their inboxes as this rank addresses them
@@ -75,16 +77,18 @@ inline void wait_for_previous_kernel() {
 }
 
 // From here on the next kernel on the stream may be set up; it waits for the end of this one all the same.
-inline void let_next_kernel_start() {
+// Large launches leave it be: the next one's blocks would take the room of another communicator's.
+template <class Plan>
+inline void let_next_kernel_start(const Args<Plan>& args) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (args.overlaps) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
 struct Entry {
     u32 epoch;
     bool broken;
-    bool leaves_last;  // on thread 0 of the block that must advance the epoch
+    u32 ticket;  // on thread 0; its atomic is on its way while the packets are
 };
 
 // Every block reads the epoch, then takes a ticket; the one that took the last advances the epoch when it
@@ -99,11 +103,11 @@ inline Entry enter(Control* control) {
     }
     __syncthreads();
     if (threadIdx.x == 0) ticket = atomicAdd(&control->arrived, 1u) + 1;
-    return {epoch, broken != 0, ticket == gridDim.x};
+    return {epoch, broken != 0, ticket};
 }
 
 inline void leave(Control* control, const Entry& entry) {
-    if (!entry.leaves_last) return;
+    if (entry.ticket != gridDim.x) return;
     control->arrived = 0;
     control->epoch = next_epoch(entry.epoch);
 }
