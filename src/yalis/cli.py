@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `yalis`: generate text, or make a small checkpoint to try it with."""
+"""The command `yalis`: generate text, measure, or make a small checkpoint to try it with."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,12 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nvrar import NvrarError
+from yalis.commands import bench
+from yalis.commands.common import add_model_options, is_first_rank, make_llm
 from yalis.errors import ConfigError, YalisError
-from yalis.llm import LLM
-from yalis.options import DEVICES, LOAD_FORMATS
 from yalis.outputs import RequestOutput
 from yalis.parallel.all_reduce import ALL_REDUCES
-from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.sampling_params import SamplingParams
 from yalis.testing import make_checkpoint
@@ -54,27 +52,12 @@ def _generate(args: argparse.Namespace) -> None:
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
-    place = detect(os.environ)
-    is_first = place is None or place.rank == 0
-    size = args.tensor_parallel_size or (place.world_size if place else 1)
-    with TerminalProgress(is_shown=is_first) as progress:
-        llm = LLM(
-            args.model,
-            tensor_parallel_size=size,
-            num_nodes=args.num_nodes,
-            all_reduce=args.all_reduce,
-            all_reduce_plan=args.all_reduce_plan,
-            dtype=args.dtype,
-            load_format=args.load_format,
-            device=args.device,
-            max_model_len=args.max_model_len,
-            seed=args.seed,
-            on_progress=progress,
-        )
+    with TerminalProgress(is_shown=is_first_rank()) as progress:
+        llm = make_llm(args, args.all_reduce, progress)
         with llm:
             outputs = llm.generate(args.prompt, params, on_progress=progress)
             logging.getLogger("yalis").info("all-reduce: %s", llm.describe_all_reduce())
-    if is_first:
+    if is_first_rank():
         _show(outputs, as_json=args.json)
 
 
@@ -124,19 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", parents=[common], help=text, description=text)
     generate.set_defaults(run=_generate)
     add = generate.add_argument
-    add("model", help="folder of a checkpoint in the Hugging Face layout")
+    add_model_options(generate)
     add("--prompt", action="append", required=True, help="text to continue; may be given again")
-    add(
-        "--tensor-parallel-size",
-        type=int,
-        metavar="N",
-        help="ranks (default: the launcher's, or 1)",
-    )
-    add(
-        "--num-nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over"
-    )
     add("--all-reduce", choices=ALL_REDUCES, default="nvrar")
-    add("--all-reduce-plan", default="auto", metavar="WORD", help='e.g. "split:2 exchange:2"')
     add("--max-tokens", type=int, default=64, metavar="N")
     add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all")
@@ -147,7 +120,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="draw from the likeliest that sum to P",
     )
-    add("--seed", type=int, default=0, help="of the draws, and of dummy weights")
     add(
         "--stop",
         action="append",
@@ -156,11 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         help="end before it; may be given again",
     )
     add("--ignore-eos", action="store_true", help="go on after the model's end token")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--load-format", choices=LOAD_FORMATS, default="auto", help="dummy: random weights")
-    add("--device", choices=DEVICES, default="auto")
-    add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
     add("--json", action="store_true", help="one JSON object a line instead of text")
+
+    bench.add(commands, common)
 
     text = "write a small checkpoint of random weights"
     make = commands.add_parser("make-checkpoint", parents=[common], help=text, description=text)

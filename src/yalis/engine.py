@@ -40,6 +40,10 @@ class Executor(Protocol):
         """Raise unless every process that drives this executor's ranks passes the same bytes."""
         ...
 
+    def use_all_reduce(self, name: str) -> None:
+        """Let the ranks sum by another backend from now on. With no step under way."""
+        ...
+
     def describe_all_reduce(self) -> dict[str, Any]:
         """What rank 0's all-reduce says of itself."""
         ...

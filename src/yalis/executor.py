@@ -67,6 +67,9 @@ class LocalExecutor:
     def agree(self, digest: bytes) -> None:
         pass
 
+    def use_all_reduce(self, name: str) -> None:
+        self.runner.use_all_reduce(name)
+
     def describe_all_reduce(self) -> dict[str, Any]:
         return self.runner.describe_all_reduce()
 

@@ -84,6 +84,9 @@ class JoinedExecutor:
                 "a launched group runs the same generate"
             )
 
+    def use_all_reduce(self, name: str) -> None:
+        self._runner.use_all_reduce(name)
+
     def describe_all_reduce(self) -> dict[str, Any]:
         return self._runner.describe_all_reduce()
 

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -105,6 +106,7 @@ class LLM:
         has_tokenizer = Tokenizer.exists(options.model)
         self.tokenizer = Tokenizer(options.model) if has_tokenizer else None
         self.options = options
+        self._plan = all_reduce_plan
         self.max_model_len = options.resolved_max_model_len(self.config)
         self._is_closed = False
         place = detect(os.environ)
@@ -231,6 +233,22 @@ class LLM:
         news = list(inbox)
         inbox.clear()
         return news
+
+    def use_all_reduce(self, name: str) -> None:
+        """Sum over the ranks by another backend from now on, with the same weights: to compare them.
+
+        "nvrar" follows the plan that the options say. Collective under a launcher. Raises ConfigError when it
+        cannot work here, YalisError while requests are under way.
+        """
+        if self.engine.has_work:
+            raise YalisError(
+                "requests are under way; finish or cancel them, then change all_reduce"
+            )
+        plan = self._plan if name == "nvrar" else "auto"
+        options = replace(self.options, all_reduce=name, all_reduce_plan=plan)
+        options.check_against(self.config)
+        self._executor.use_all_reduce(name)
+        self.options = options
 
     def describe_all_reduce(self) -> dict[str, Any]:
         """Which all-reduce runs and how often it has run, as rank 0 counts it."""

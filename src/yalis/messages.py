@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the driver and its workers say to each other. Each value is pickled over a private socket pair.
 
-    driver  Start ->           Execute ->             Describe ->           Stop ->
-    worker        <- Ready                <- Result *            <- Answer *           (exits)
+    driver  Start ->         Execute ->           Describe ->           UseAllReduce ->         Stop ->
+    worker        <- Ready              <- Result *          <- Answer *              <- Ready         (exits)
 
 Rank 0 alone sends what is marked with a star, and LoadProgress before Ready; any rank may send Failed at any
 time, and then exits. The other ranks stay silent, so that a step costs the driver one wake-up. The driver
@@ -35,6 +35,11 @@ class Execute:
 @dataclass(frozen=True)
 class Describe:
     pass
+
+
+@dataclass(frozen=True)
+class UseAllReduce:
+    name: str
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,8 @@ class Runner:
         self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
         self._attention, self._inputs = self._make_cache(self.num_blocks)
         self._drawing = Drawing(tp, options.max_num_seqs, config.vocab_size, device)
-        self._graphs: DecodeGraphs[Decoded] | None = None
-        if self._attention.is_capturable and not options.enforce_eager:
-            self._graphs = self._capture(on_progress)
+        self._graphs_by_all_reduce: dict[str, DecodeGraphs[Decoded]] = {}
+        self._graphs = self._captured(options.all_reduce, on_progress)
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> PendingStep:
@@ -114,6 +113,13 @@ class Runner:
         """`[num_tokens, hidden]`: the last layer's normalised output for every new token."""
         return self._forward(self._inputs.assemble(self._inputs.upload(batch)))
 
+    def use_all_reduce(self, name: str) -> None:
+        """Sum by another backend from now on, with the same weights and cache. No step may be under way."""
+        self._tp.choose_all_reduce(name)
+        self._tp.all_reduce.warm_up(self._cache_shape.dtype)
+        self._tp.barrier()
+        self._graphs = self._captured(name)
+
     def describe_all_reduce(self) -> dict[str, Any]:
         return self._tp.all_reduce.describe()
 
@@ -131,13 +137,23 @@ class Runner:
         return self.model.compute_logits(hidden)
 
     @torch.inference_mode()
-    def _capture(self, on_progress: Progress | None) -> DecodeGraphs[Decoded]:
+    def _captured(
+        self, all_reduce: str, on_progress: Progress | None = None
+    ) -> DecodeGraphs[Decoded] | None:
+        """The graphs with the present all-reduce, which has this name; None where steps run eagerly."""
+        if not self._attention.is_capturable or self._options.enforce_eager:
+            return None
+        if all_reduce in self._graphs_by_all_reduce:
+            return self._graphs_by_all_reduce[all_reduce]
+
         def upload(num_rows: int) -> Uploaded:
             nothing = Batch(num_decodes=0, slots=(), num_cached=())
             return self._inputs.upload(nothing, num_rows=num_rows)
 
         sizes = capture_sizes(self._options.max_num_seqs)
-        return DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
+        graphs = DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
+        self._graphs_by_all_reduce[all_reduce] = graphs
+        return graphs
 
     def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
         options, device = self._options, self._device

@@ -24,7 +24,17 @@ import torch.distributed as dist
 from nvrar.launch import Seat
 from yalis.device import pick_device
 from yalis.drawing import PendingStep
-from yalis.messages import Answer, Describe, Execute, Failed, LoadProgress, Ready, Result, Start
+from yalis.messages import (
+    Answer,
+    Describe,
+    Execute,
+    Failed,
+    LoadProgress,
+    Ready,
+    Result,
+    Start,
+    UseAllReduce,
+)
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
 from yalis.parallel.launcher import detect
 from yalis.runner import Runner
@@ -61,6 +71,9 @@ def _obey(voice: _Voice, place: Seat) -> None:
         elif isinstance(message, Describe):
             if place.rank == 0:
                 voice.send(Answer(runner.describe_all_reduce()))
+        elif isinstance(message, UseAllReduce):
+            runner.use_all_reduce(message.name)
+            voice.send(Ready(runner.num_blocks))
         else:
             break
     runner.close()

@@ -30,6 +30,7 @@ from yalis.messages import (
     Result,
     Start,
     Stop,
+    UseAllReduce,
 )
 from yalis.options import EngineOptions
 from yalis.parallel.group import open_store
@@ -101,6 +102,10 @@ class WorkerGroup:
 
     def agree(self, digest: bytes) -> None:
         pass  # one driver: there is nobody to disagree with
+
+    def use_all_reduce(self, name: str) -> None:
+        self._send(UseAllReduce(name))
+        self._receive(set(range(len(self._connections))), Ready)
 
     def describe_all_reduce(self) -> dict[str, Any]:
         self._send(Describe())

@@ -128,6 +128,8 @@ class HashExecutor:
 
     def agree(self, digest: bytes) -> None: ...
 
+    def use_all_reduce(self, name: str) -> None: ...
+
     def describe_all_reduce(self) -> dict[str, Any]:
         return {}
 

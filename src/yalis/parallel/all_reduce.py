@@ -7,6 +7,7 @@ from it for `add_rms_norm`, which they replace where they can do all of it at on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +116,42 @@ class NvrarAllReduce(AllReduce):
 
     def close(self) -> None:
         self._communicator.close()
+
+
+class AllReduceSwitch(AllReduce):
+    """One of several backends, chosen while the model stays: to measure them side by side.
+
+    `make` gives the backend of a name and is collective; each is made when first chosen.
+    """
+
+    def __init__(self, make: Callable[[str], AllReduce], name: str) -> None:
+        self._make = make
+        self._made: dict[str, AllReduce] = {}
+        self.choose(name)
+
+    def choose(self, name: str) -> None:
+        """Use `name` from now on. Collective. Graphs that were captured keep what they were captured with."""
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        self._chosen = self._made[name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._chosen(x)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._chosen.add_rms_norm(x, residual, weight, eps)
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        self._chosen.warm_up(dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return self._chosen.describe()
+
+    def close(self) -> None:
+        for made in self._made.values():
+            made.close()
 
 
 def make_all_reduce(

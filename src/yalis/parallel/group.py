@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
-from yalis.parallel.all_reduce import AllReduce, NoAllReduce, make_all_reduce
+from yalis.parallel.all_reduce import AllReduce, AllReduceSwitch, NoAllReduce, make_all_reduce
 
 # Ranks wait for each other while one still reads its weights: this bounds a hang, not a delay.
 _GROUP_TIMEOUT = timedelta(minutes=5)
@@ -35,8 +36,13 @@ class TensorParallel:
         cls, group: dist.ProcessGroup, all_reduce: str, plan: str, nodes: tuple[int, int] | None
     ) -> TensorParallel:
         """This process's place in `group`. Collective. See `make_all_reduce` for the rest."""
-        made = make_all_reduce(all_reduce, group=group, nodes=nodes, plan=plan)
-        return cls(group.rank(), group.size(), made, group)
+        make = partial(make_all_reduce, group=group, nodes=nodes, plan=plan)
+        return cls(group.rank(), group.size(), AllReduceSwitch(make, all_reduce), group)
+
+    def choose_all_reduce(self, name: str) -> None:
+        """Use this backend from now on. Collective. A single rank has none, whatever its name."""
+        if isinstance(self.all_reduce, AllReduceSwitch):
+            self.all_reduce.choose(name)
 
     def gather(self, x: Tensor) -> Tensor | None:
         """The ranks' `x` side by side along the last dimension, on rank 0; None elsewhere. Collective."""

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`yalis bench latency` and `yalis bench throughput`: a line for each measurement, as text and as JSON.
+
+Without weights: a model of the checkpoint's shape is enough. `--all-reduce` given several times measures all
+of them in turns, with the same weights in the same processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nvrar
+from nvrar import record
+from yalis.bench import Run, Workload, percentile, run
+from yalis.commands.common import add_model_options, is_first_rank, make_llm
+from yalis.device import device_type
+from yalis.llm import LLM
+from yalis.parallel.all_reduce import ALL_REDUCES
+from yalis.progress import TerminalProgress
+from yalis.roofline import Work, measured_read_gbps
+
+Row = dict[str, Any]
+Subparsers = Any  # argparse's own type is private
+
+
+def add(commands: Subparsers, common: argparse.ArgumentParser) -> None:
+    text = "measure latency or throughput"
+    kinds = commands.add_parser("bench", help=text, description=text).add_subparsers(
+        required=True, metavar="KIND"
+    )
+    text = "time to the first token and between tokens, for requests that arrive together"
+    latency = _add_kind(kinds, "latency", text, _latency, common)
+    add = latency.add_argument
+    add("--batch-size", type=_count, action="append", metavar="N", help="default 1; again for more")
+    add("--prompt-len", type=_count, default=128, metavar="N", help="tokens (default: 128)")
+    add("--output-len", type=_count, default=128, metavar="N", help="tokens (default: 128)")
+    add("--iterations", type=_count, default=3, metavar="N", help="runs of each (default: 3)")
+    add("--memory-gbps", type=float, metavar="GB/s", help="to compare with (default: measured)")
+
+    text = "tokens a second, for many requests of random lengths"
+    throughput = _add_kind(kinds, "throughput", text, _throughput, common)
+    add = throughput.add_argument
+    add("--num-prompts", type=_count, default=256, metavar="N", help="requests (default: 256)")
+    add("--prompt-len", type=_count, default=512, metavar="N", help="mean tokens (default: 512)")
+    add("--output-len", type=_count, default=128, metavar="N", help="mean tokens (default: 128)")
+    add(
+        "--range-ratio",
+        type=float,
+        default=0.5,
+        metavar="R",
+        help="lengths spread by this share of the mean (default: 0.5)",
+    )
+    add("--iterations", type=_count, default=1, metavar="N", help="runs of each (default: 1)")
+
+
+def _add_kind(
+    kinds: Subparsers,
+    name: str,
+    text: str,
+    measure: Callable[[argparse.Namespace, LLM], Iterator[Row]],
+    common: argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        name, parents=[common], help=text, description=text
+    )
+    parser.set_defaults(run=_run, measure=measure, kind=name)
+    add_model_options(parser, load_format="dummy")
+    add = parser.add_argument
+    add(
+        "--all-reduce",
+        choices=ALL_REDUCES,
+        action="append",
+        metavar="NAME",
+        help=f"{', '.join(ALL_REDUCES)}; may be given again (default: nvrar)",
+    )
+    add("--max-num-seqs", type=_count, default=256, metavar="N", help="sequences in a step")
+    add("--max-num-batched-tokens", type=_count, default=8192, metavar="N", help="tokens in a step")
+    add("--warmup", type=int, default=1, metavar="N", help="runs before those that count")
+    add("--json", type=Path, metavar="FILE", help="write a JSON object a line, with provenance")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = args.all_reduce = list(dict.fromkeys(args.all_reduce or ["nvrar"]))
+    about = _provenance(args)
+    start_s = time.monotonic()
+    with TerminalProgress(is_shown=is_first_rank()) as progress:
+        llm = make_llm(
+            args,
+            "nvrar" if "nvrar" in names else names[0],
+            progress,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+        )
+    about["load_s"] = round(time.monotonic() - start_s, 2)
+    with llm:
+        rows = [row | about for row in args.measure(args, llm)]
+    if not is_first_rank():
+        return
+    options, dtype = llm.options, llm.options.resolved_dtype(llm.config)
+    ranks = f"{options.tensor_parallel_size} ranks on {options.num_nodes} nodes"
+    print(f"{args.model}: {dtype}, {ranks}, ready in {about['load_s']} s")
+    for row in rows:
+        print(_line(row))
+    if args.json:
+        record.write_rows(iter(rows), args.json)
+
+
+def _latency(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
+    dtype = getattr(torch, llm.options.resolved_dtype(llm.config))
+    num_ranks = llm.options.tensor_parallel_size
+    work = Work.of(llm.config, dtype, num_ranks)
+    device = torch.device(device_type(args.device))
+    limit = args.memory_gbps or measured_read_gbps(device, dtype)
+    for batch_size in args.batch_size or [1]:
+        workload = Workload.uniform(batch_size, args.prompt_len, args.output_len)
+        for name, runs in _in_turns(args, llm, workload):
+            first_s = [s for r in runs for s in r.first_token_s]
+            step_s = [s for r in runs for s in r.step_s]
+            prefill_s = statistics.median(r.prefill_s for r in runs)
+            flops = work.prefill_flops([prompt for prompt, _ in workload.lengths])
+            row: Row = {
+                "bench": "latency",
+                "all_reduce": name,
+                "batch_size": batch_size,
+                "prompt_len": args.prompt_len,
+                "output_len": args.output_len,
+                "ttft_ms": _ms(statistics.median(first_s)),
+                "ttft_p99_ms": _ms(percentile(first_s, 99)),
+                "prefill_ms": _ms(prefill_s),
+                "prefill_tflops_per_rank": round(flops / prefill_s / 1e12, 2),
+            }
+            if step_s:
+                gbps = work.decode_bytes(batch_size, workload.mean_context) / 1e9
+                gbps /= statistics.median(step_s)
+                row |= {
+                    "token_ms": _ms(statistics.median(step_s)),
+                    "token_p99_ms": _ms(percentile(step_s, 99)),
+                    "output_tokens_per_s": round(batch_size / statistics.median(step_s), 1),
+                    "gbps_per_rank": round(gbps, 1),
+                    "memory_gbps": round(limit, 1),
+                    "memory_share": round(gbps / limit, 3),
+                }
+            yield row | {"num_samples": len(step_s), "token_samples_ms": list(map(_ms, step_s))}
+
+
+def _throughput(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
+    workload = Workload.random(
+        args.num_prompts, args.prompt_len, args.output_len, args.range_ratio, args.seed
+    )
+    num_prompt_tokens = sum(prompt for prompt, _ in workload.lengths)
+    for name, runs in _in_turns(args, llm, workload):
+        elapsed_s = statistics.median(r.elapsed_s for r in runs)
+        first_s = [s for r in runs for s in r.first_token_s]
+        yield {
+            "bench": "throughput",
+            "all_reduce": name,
+            "num_prompts": args.num_prompts,
+            "prompt_len": args.prompt_len,
+            "output_len": args.output_len,
+            "range_ratio": args.range_ratio,
+            "elapsed_s": round(elapsed_s, 3),
+            "requests_per_s": round(args.num_prompts / elapsed_s, 2),
+            "output_tokens_per_s": round(runs[0].num_output_tokens / elapsed_s, 1),
+            "tokens_per_s": round((num_prompt_tokens + runs[0].num_output_tokens) / elapsed_s, 1),
+            "ttft_ms": _ms(statistics.median(first_s)),
+            "ttft_p99_ms": _ms(percentile(first_s, 99)),
+        }
+
+
+def _in_turns(
+    args: argparse.Namespace, llm: LLM, workload: Workload
+) -> Iterator[tuple[str, list[Run]]]:
+    """The runs that count of each all-reduce. They take turns, so that a slow moment hits all alike."""
+    workload.check(llm)
+    has_others = llm.options.tensor_parallel_size > 1
+    runs: dict[str, list[Run]] = {
+        name: [] for name in (args.all_reduce if has_others else ["none"])
+    }
+    for turn in range(-args.warmup, args.iterations):
+        for name in runs:
+            if has_others and name != llm.options.all_reduce:
+                llm.use_all_reduce(name)
+            done = run(llm, workload, seed=args.seed + turn)
+            if turn >= 0:
+                runs[name].append(done)
+    yield from runs.items()
+
+
+def _provenance(args: argparse.Namespace) -> Row:
+    commit, is_dirty = record.checkout()
+    return {
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "git_commit": commit,
+        "git_dirty": is_dirty,
+        "version": nvrar.__version__,
+        **record.software(),
+        "host": record.host(device_type(args.device)),
+        "environment": record.variables(os.environ),
+        "model": args.model,
+    }
+
+
+_UNITS = {
+    "ttft_ms": "ms to the first token",
+    "token_ms": "ms a token",
+    "token_p99_ms": "ms p99",
+    "prefill_tflops_per_rank": "TFLOP/s in prefill",
+    "gbps_per_rank": "GB/s",
+    "memory_share": "of the memory's speed",
+    "requests_per_s": "requests/s",
+    "output_tokens_per_s": "output tokens/s",
+    "tokens_per_s": "tokens/s in all",
+}
+
+
+def _line(row: Row) -> str:
+    size = row.get("batch_size", row.get("num_prompts"))
+    head = f"{row['all_reduce']:14} {size:4} x {row['prompt_len']}+{row['output_len']}:"
+    return " ".join([head, ", ".join(f"{row[k]} {unit}" for k, unit in _UNITS.items() if k in row)])
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number

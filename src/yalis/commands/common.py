@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several commands ask about the model and its ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from yalis.llm import LLM
+from yalis.options import DEVICES, LOAD_FORMATS
+from yalis.parallel.launcher import detect
+from yalis.weights.loader import Progress
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "auto") -> None:
+    """All but `--all-reduce`, which commands ask for in their own way."""
+    add = parser.add_argument
+    add("model", help="folder of a checkpoint in the Hugging Face layout")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks (default: the launcher's, or 1)",
+    )
+    add(
+        "--num-nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over"
+    )
+    add("--all-reduce-plan", default="auto", metavar="WORD", help='e.g. "split:2 exchange:2"')
+    add("--seed", type=int, default=0, help="of the draws, and of dummy weights")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add(
+        "--load-format",
+        choices=LOAD_FORMATS,
+        default=load_format,
+        help=f"dummy: random weights (default: {load_format})",
+    )
+    add("--device", choices=DEVICES, default="auto")
+    add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs")
+
+
+def is_first_rank() -> bool:
+    """Whether this process, of those that a launcher started, is the one to speak."""
+    place = detect(os.environ)
+    return place is None or place.rank == 0
+
+
+def make_llm(
+    args: argparse.Namespace, all_reduce: str, progress: Progress, **options: object
+) -> LLM:
+    """The model that `add_model_options` describes. `options` are more of `LLM`'s, or replace its."""
+    place = detect(os.environ)
+    asked = {
+        "tensor_parallel_size": args.tensor_parallel_size or (place.world_size if place else 1),
+        "num_nodes": args.num_nodes,
+        "all_reduce": all_reduce,
+        "all_reduce_plan": args.all_reduce_plan,
+        "dtype": args.dtype,
+        "load_format": args.load_format,
+        "device": args.device,
+        "max_model_len": args.max_model_len,
+        "enforce_eager": args.enforce_eager,
+        "seed": args.seed,
+    }
+    return LLM(args.model, on_progress=progress, **(asked | options))

@@ -1,0 +1,129 @@
+"""`yalis bench`: every number from a real run, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from yalis import LLM
+from yalis.bench import Workload, percentile, run
+from yalis.cli import main
+from yalis.config import ModelConfig
+from yalis.errors import ConfigError, YalisError
+from yalis.models.decoder import CausalLM
+from yalis.parallel.group import Placement, TensorParallel
+from yalis.roofline import Work
+from yalis.testing import make_checkpoint
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bench") / "tiny"
+    make_checkpoint(path, num_hidden_layers=2, num_key_value_heads=4)
+    return str(path)
+
+
+def test_all_reduces_are_measured_side_by_side(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "rows.jsonl"
+    sizes = ["--batch-size", "1", "--batch-size", "3", "--prompt-len", "5", "--output-len", "4"]
+    ranks = ["--tensor-parallel-size", "2", "--all-reduce", "torch", "--all-reduce", "nvrar"]
+    runs = ["--iterations", "2", "--memory-gbps", "10", "--json", str(file)]
+    assert main(["bench", "latency", model, *sizes, *ranks, *runs]) == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["batch_size"], row["all_reduce"]) for row in rows] == [
+        (1, "torch"),
+        (1, "nvrar"),
+        (3, "torch"),
+        (3, "nvrar"),
+    ]
+    for row in rows:
+        # Two runs of four tokens each: three steps between them.
+        assert row["num_samples"] == len(row["token_samples_ms"]) == 6
+        assert 0 < row["token_ms"] <= row["token_p99_ms"] == max(row["token_samples_ms"])
+        assert row["memory_share"] == pytest.approx(row["gbps_per_rank"] / 10, abs=0.01)
+        assert row["torch"] == torch.__version__
+        assert row["host"]["num_cores"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+def test_throughput_counts_what_was_asked(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    lengths = ["--num-prompts", "7", "--prompt-len", "9", "--output-len", "6", "--range-ratio", "0"]
+    assert main(["bench", "throughput", model, *lengths, "--json", str(file)]) == 0
+    [row] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert row["output_tokens_per_s"] * row["elapsed_s"] == pytest.approx(7 * 6, rel=0.02)
+    assert row["tokens_per_s"] * row["elapsed_s"] == pytest.approx(7 * 15, rel=0.02)
+    assert row["all_reduce"] == "none"
+
+
+def test_a_run_takes_every_step_once(model: str) -> None:
+    with LLM(model, max_num_batched_tokens=8, load_format="dummy") as llm:
+        workload = Workload(((12, 5), (3, 5)))  # one prompt's second chunk comes with a decode
+        workload.check(llm)
+        done = run(llm, workload, seed=0)
+        assert done.num_output_tokens == 10
+        assert len(done.first_token_s) == 2
+        assert 0 < max(done.first_token_s) == done.prefill_s < done.elapsed_s
+        assert sum(done.step_s) < done.elapsed_s
+        with pytest.raises(ConfigError, match=r"3000 tokens, more than max_model_len 2048"):
+            Workload.uniform(1, 2000, 1000).check(llm)
+
+
+def test_all_reduces_can_be_exchanged_between_requests_only(model: str) -> None:
+    with LLM(model, all_reduce="torch", load_format="dummy") as llm:
+        stream = llm.stream([1, 2, 3])
+        next(stream)
+        with pytest.raises(YalisError, match="requests are under way"):
+            llm.use_all_reduce("nvrar")
+        stream.close()
+        llm.engine.drop_all()
+        llm.use_all_reduce("nvrar")
+        with pytest.raises(ConfigError, match="all_reduce is 'smoke'"):
+            llm.use_all_reduce("smoke")
+        assert llm.options.all_reduce == "nvrar"
+
+
+def test_random_lengths_stay_in_their_range_and_depend_on_the_seed() -> None:
+    first, again, other = (Workload.random(200, 100, 10, 0.3, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    prompts, outputs = zip(*first.lengths, strict=True)
+    assert (min(prompts), max(prompts)) == (70, 130)
+    assert (min(outputs), max(outputs)) == (7, 13)
+    assert Workload.uniform(2, 10, 3).mean_context == 12.0  # 11, 12 and 13 tokens
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_work_is_counted_from_the_model_itself(is_tied: bool, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "m", num_key_value_heads=4, tie_word_embeddings=is_tied)
+    config = ModelConfig.from_folder(str(tmp_path / "m"))
+    at = Placement(TensorParallel.single(), torch.bfloat16, torch.device("meta"))
+    model = CausalLM(config, at)
+    whole = Work.of(config, torch.bfloat16, 1)
+    everything = sum(p.nbytes for p in model.parameters())
+    embedding = 0 if is_tied else model.model.embed_tokens.weight.nbytes
+    assert whole.weight_bytes == everything - embedding
+    layers, heads, kv_heads, dim = 4, 8, 4, 16
+    assert whole.kv_bytes_per_token == 2 * layers * kv_heads * dim * 2
+    assert whole.attention_flops_per_pair == 4 * layers * heads * dim
+    half = Work.of(config, torch.bfloat16, 2)
+    assert half.flops_per_token * 2 == whole.flops_per_token
+    assert half.kv_bytes_per_token * 2 == whole.kv_bytes_per_token
+    assert whole.decode_bytes(3, 10) == whole.weight_bytes + 30 * whole.kv_bytes_per_token
+    pairs = 1 + 2 + 3 + 1
+    assert whole.prefill_flops([3, 1]) == (
+        4 * whole.flops_per_token + pairs * whole.attention_flops_per_pair
+    )
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [float(v) for v in range(100, 0, -1)]
+    assert [percentile(values, p) for p in (1, 50, 99, 100)] == [1, 50, 99, 100]
+    assert percentile([7.0], 1) == 7.0
