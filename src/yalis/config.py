@@ -90,6 +90,9 @@ class ModelConfig:
             raise ConfigError(
                 f"{where}: head_dim is {head_dim}; rotary embedding needs an even one"
             )
+        rope = read_rope(raw, where, positions, head_dim)
+        if rope.kind == "yarn":  # config.json may give the context from before the stretching
+            positions = max(positions, int(rope.original_max_position_embeddings * rope.factor))
         return cls(
             architecture=architecture,
             vocab_size=fields.count("vocab_size"),
@@ -101,7 +104,7 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=positions,
-            rope=read_rope(raw, where, positions, head_dim),
+            rope=rope,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             traits=FAMILIES[architecture](fields),
             dtype=_dtype(raw, where),

@@ -17,16 +17,15 @@ class Fields:
     raw: Mapping[str, Any]
     where: str
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """An integer of at least 1."""
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.raw.get(name)
         if value is None:
             value = default
         if value is None:
             raise ConfigError(f"{self.where}: {name} is missing; it gives the model its shape")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(
-                f"{self.where}: {name} is {value!r}; it must be an integer of at least 1"
+                f"{self.where}: {name} is {value!r}; it must be an integer of at least {least}"
             )
         return value
 

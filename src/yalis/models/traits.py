@@ -33,11 +33,15 @@ def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     num_layers, window = fields.count("num_hidden_layers"), fields.count("sliding_window", 4096)
     kinds = fields.raw.get("layer_types")
     if kinds is None:
-        first = fields.raw.get("max_window_layers", 28)
+        first = fields.count("max_window_layers", 28, least=0)
         kinds = [
             "full_attention" if idx < first else "sliding_attention" for idx in range(num_layers)
         ]
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or any(kind not in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
         raise ConfigError(
             f"{fields.where}: layer_types is {kinds!r}; it must have full_attention or "
             f"sliding_attention for each of {num_layers} layers"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json as the families' checkpoints write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from yalis import ConfigError
+from yalis.config import ModelConfig
+from yalis.models.traits import Traits
+from yalis.rope import RopeConfig
+from yalis.testing import config_json
+
+
+def read(**fields: Any) -> ModelConfig:
+    raw = config_json(num_hidden_layers=4, **fields)
+    return ModelConfig.from_dict({key: value for key, value in raw.items() if value != "REMOVE"})
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "attention_bias": "REMOVE"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+TRAITS: list[tuple[dict[str, Any], Traits]] = [
+    ({}, Traits()),
+    ({"attention_bias": True}, Traits(qkv_bias=True, o_bias=True)),
+    ({"mlp_bias": True, "sliding_window": 7}, Traits(mlp_bias=True)),
+    (MISTRAL | {"sliding_window": None}, Traits()),
+    (MISTRAL | {"sliding_window": 4096}, Traits(windows=(4096,) * 4)),
+    (MISTRAL, Traits(windows=(4096,) * 4)),  # v0.1's default
+    (QWEN2, Traits(qkv_bias=True)),
+    (QWEN2 | {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 2},
+     Traits(qkv_bias=True)),
+    (QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+     Traits(qkv_bias=True, windows=(None, None, None, 8))),
+    (QWEN3 | {"sliding_window": None, "max_window_layers": 36, "use_sliding_window": False},
+     Traits(has_qk_norm=True)),
+    (QWEN3 | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2},
+     Traits(has_qk_norm=True, windows=(None, 4096, None, 4096))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "traits"), TRAITS)
+def test_traits(fields: dict[str, Any], traits: Traits) -> None:
+    config = read(**fields)
+    assert config.traits == traits
+    assert [config.traits.window(idx) for idx in range(4)] == list(traits.windows or (None,) * 4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_the_model_type_will_do_where_no_architecture_is_named(family: str) -> None:
+    config = read(architectures="REMOVE", model_type=family.lower())
+    assert config.architecture == f"{family}ForCausalLM"
+
+
+def test_both_dialects_of_rotary_settings() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    want = RopeConfig(5e5, "llama3", 8.0, 8192, 1.0, 4.0)
+    old = read(rope_theta=5e5, rope_scaling=scaling | {"type": "llama3"})
+    new = {"rope_theta": "REMOVE", "rope_scaling": "REMOVE"}
+    new |= {"rope_parameters": scaling | {"rope_type": "llama3", "rope_theta": 5e5}}
+    assert old.rope == read(**new).rope == want
+
+
+def test_yarn_reaches_as_far_as_it_stretches() -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(max_position_embeddings=32768, rope_scaling=yarn)
+    assert config.max_position_embeddings == 131072
+    assert config.rope.attention_factor == pytest.approx(1.1386, abs=1e-4)  # 0.1 ln 4 + 1
+
+
+@pytest.mark.parametrize("window", [0, -1, "x", 1.5])
+def test_a_window_that_is_none(window: object) -> None:
+    with pytest.raises(ConfigError, match=r"sliding_window is .*; it must be an integer"):
+        read(**MISTRAL, sliding_window=window)
+
+
+@pytest.mark.parametrize("damage", [{"layer_types": 5}, {"layer_types": ["x"] * 4},
+                                    {"max_window_layers": -1}, {"max_window_layers": "x"}])  # fmt: skip
+def test_layers_whose_window_is_unclear(damage: dict[str, Any]) -> None:
+    [name] = damage
+    with pytest.raises(ConfigError, match=rf"{name} is .*; it must"):
+        read(**QWEN3, use_sliding_window=True, **damage)
