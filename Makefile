@@ -17,13 +17,13 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror src/nvrar/gpu/csrc/*
+	$(BIN)/clang-format --dry-run -Werror src/nvrar/gpu/csrc/* src/yalis/kernels/csrc/*
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i src/nvrar/gpu/csrc/*
+	$(BIN)/clang-format -i src/nvrar/gpu/csrc/* src/yalis/kernels/csrc/*
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

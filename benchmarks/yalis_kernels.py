@@ -4,6 +4,7 @@
 bf16, CUDA graphs, weights and caches that do not fit the L2 cache; the median of some replays. Sections run
 until the time budget is spent, the most telling first: `--sections` picks some. First a process for each
 section runs it without a clock, all at once, so that every kernel is compiled when the timing begins.
+Prefill attention and products of many rows were measured in the first version (see git log).
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import kernel_cases
 from yalis.kernels import decode_attention as decode
-from yalis.kernels import launch
-from yalis.kernels import prefill_attention as prefill
+from yalis.kernels import few_rows, invariant_linear, launch
 from yalis.kernels.activation import silu_and_mul
-from yalis.kernels.linear import Tile, choose_tile, linear, linear_silu_and_mul
+from yalis.kernels.few_rows import Tile, multiply_few_rows
+from yalis.kernels.linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
 from yalis.kernels.rotary import rotate_and_store
 
@@ -37,6 +38,7 @@ DEVICE = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 BLOCK_SIZE = 16
 COLD_BYTES = 256 << 20  # several times the L2 cache
+NUM_PROCESSORS = 132  # of an H200
 READ_TBPS = 4.10  # measured for a GEMV on an H200
 COMPILE_ONLY = "--compile-only" in sys.argv
 Call = Callable[[], object]
@@ -134,7 +136,8 @@ def gbps(num_bytes: float, us: float) -> str:
 
 
 def check() -> Iterator[str]:
-    for name, case in kernel_cases.ALL.items():
+    """Every kernel against its reference."""
+    for name, case in {**kernel_cases.GPU_ONLY, **kernel_cases.ALL}.items():
         start = time.monotonic()
         try:
             case(DEVICE, BF16)
@@ -144,25 +147,41 @@ def check() -> Iterator[str]:
         yield f"{name:16} {result} ({time.monotonic() - start:.1f} s)"
 
 
-def check_rows() -> Iterator[str]:
-    """Whether a row's bits depend on the number of rows, and so on the kind of tensor core instruction."""
-    for num_out, num_in in [(4096, 4096), (4096, 14336)]:
-        x, weight = random(1024, num_in), random(num_out, num_in, scale=num_in**-0.5)
-        exact = F.linear(x[:1].double(), weight.double())
-        one = linear(x[:1], weight)
-        equal = {
-            m: bool(torch.equal(linear(x[:m], weight)[:1], one))
-            for m in (2, 9, 17, 33, 65, 300, 1024)
-        }
-        cublas = {
-            m: bool(torch.equal(F.linear(x[:m], weight)[:1], F.linear(x[:1], weight)))
-            for m in (2, 17, 65, 1024)
-        }
-        error = (one.double() - exact).abs().max().item() / exact.abs().max().item()
-        yield f"{num_out}x{num_in}: row 0 as alone {equal}; cublas {cublas}; error {error:.1e}"
-
-
 # --- a whole decode step
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Who multiplies, and how."""
+
+    product: str = "ours"  # or "cublas", "invariant"
+    early: int = 0
+    tile: Tile | None = None
+    stages: int = 3
+    per_processor: int = 2
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.product == "cublas":
+            return F.linear(x, weight)
+        if self.product == "invariant":
+            return invariant_linear.linear(x, weight)
+        tile = self._tile(x)
+        return linear(x, weight) if tile is None else multiply_few_rows(x, weight, tile=tile)
+
+    def gated(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.product == "cublas":
+            return silu_and_mul(F.linear(x, weight))
+        if self.product == "invariant":
+            return invariant_linear.linear_silu_and_mul(x, weight)
+        tile = self._tile(x)
+        if tile is None:
+            return linear_silu_and_mul(x, weight)
+        return multiply_few_rows(x, weight, is_gated=True, tile=tile)
+
+    def _tile(self, x: Tensor) -> Tile | None:
+        if x.shape[0] > few_rows.MOST_ROWS or not (self.early or self.tile):
+            return None
+        return replace(self.tile or few_rows.choose_tile(x.shape[0]), num_early=self.early)
 
 
 class Model:
@@ -203,37 +222,32 @@ class Model:
         )
         self.x = random(batch, shape.hidden)
 
-    def step(self, tiles: dict[str, Tile] | None = None, *, uses_cublas: bool = False) -> Tensor:
+    def step(self, variant: Variant = Variant(), *, attends: bool = True) -> Tensor:
         shape = self.shape
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        tiles = tiles or {}
-
-        def product(x: Tensor, name: str, weight: Tensor) -> Tensor:
-            return F.linear(x, weight) if uses_cublas else linear(x, weight, tile=tiles.get(name))
-
         decode.plan_decode(self.starts, self.lens, self.workspace)
         residual = self.x
         x = rms_norm(residual, self.norm, 1e-5)
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            qkv = product(x, "qkv", layer["qkv"])
+            qkv = variant.linear(x, layer["qkv"])
             q, k, v = (
                 part.view(self.batch, -1, shape.head_dim)
                 for part in qkv.split([q_size, kv_size, kv_size], dim=1)
             )
-            rotate_and_store(q, k, v, self.cos, self.sin, cache[0], cache[1], self.slots)
-            out = torch.empty(q.shape, dtype=BF16, device=DEVICE)
-            decode.decode_attention(
-                q, cache[0], cache[1], self.tables, self.starts, self.lens, self.workspace, out,
-                scale=shape.head_dim**-0.5,
-            )  # fmt: skip
-            x = product(out.view(self.batch, -1), "o", layer["o"])
+            out = q
+            if attends:
+                rotate_and_store(q, k, v, self.cos, self.sin, cache[0], cache[1], self.slots)
+                out = torch.empty(q.shape, dtype=BF16, device=DEVICE)
+                decode.decode_attention(
+                    q, cache[0], cache[1], self.tables, self.starts, self.lens, self.workspace, out,
+                    scale=shape.head_dim**-0.5, num_stages=variant.stages,
+                    num_programs=-(-variant.per_processor * NUM_PROCESSORS // shape.num_kv_heads),
+                )  # fmt: skip
+            x = variant.linear(out.reshape(self.batch, -1), layer["o"])
             x, residual = add_rms_norm(x, residual, self.norm, 1e-5)
-            if uses_cublas:
-                x = silu_and_mul(F.linear(x, layer["gate_up"]))
-            else:
-                x = linear_silu_and_mul(x, layer["gate_up"], tile=tiles.get("gate_up"))
-            x, residual = add_rms_norm(product(x, "down", layer["down"]), residual, self.norm, 1e-5)
-        return product(x, "head", self.head)
+            x = variant.gated(x, layer["gate_up"])
+            x, residual = add_rms_norm(variant.linear(x, layer["down"]), residual, self.norm, 1e-5)
+        return variant.linear(x, self.head)
 
     def floor_ms(self) -> float:
         cache = 2 * self.caches.numel()
@@ -241,49 +255,58 @@ class Model:
 
 
 def model() -> Iterator[str]:
-    """ms per step of the 8B shape, context 256, in a graph; the last tiles are early's winners."""
-    m = Model(LLAMA_8B, 1, 256)
+    """ms per step of the 8B shape, context 256, in a graph."""
+    yield from steps(Model(LLAMA_8B, 1, 256))
+
+
+def part_of_2() -> Iterator[str]:
+    """The same for one rank of two, without its all-reduces."""
+    yield from steps(Model(LLAMA_8B.part(2), 1, 256))
+
+
+def steps(m: Model) -> Iterator[str]:
     first = None  # sequence 0 is the same in every batch
     base = {}
+    variants = {
+        "cublas": Variant("cublas"),
+        "ours": Variant(),
+        "invariant": Variant("invariant"),
+        "early 16": Variant(early=16),
+        "early 64": Variant(early=64),
+        "early 999": Variant(early=999),
+        "attention 2 stages": Variant(stages=2),
+        "attention 1/SM": Variant(per_processor=1),
+        "attention 1/SM 2 stages": Variant(per_processor=1, stages=2),
+    }
     for batch in (1, 8, 32):
         m.set_batch(batch, 256)
         mine = [m.x[:1], m.caches[:, :, :16], m.cos[:1], m.sin[:1]]
         first = first or [part.clone() for part in mine]
         for part, value in zip(mine, first, strict=True):
             part.copy_(value)
-        logits = m.step()
-        base[batch] = logits[0].clone()
-        other = m.step(uses_cublas=True)
-        error = ((logits - other).abs().max() / other.abs().max()).item()
-        row = {
-            "cublas": time_us([lambda: m.step(uses_cublas=True)]),
-            "ours": time_us([m.step]),
-            "no pdl": without_pdl(lambda: time_us([m.step])),
-        }
-        for early in (1024, 2048, 4096):
-            tiles = early_tiles(batch, early)
-            row[f"early {early}"] = time_us([lambda tiles=tiles: m.step(tiles)])
+        base[batch] = m.step()[0].clone()
+        other = m.step(variants["cublas"])[0]
+        error = ((base[batch] - other).abs().max() / other.abs().max()).item()
+        row = {}
+        for name, variant in variants.items():
+            if batch > few_rows.MOST_ROWS and name.startswith("early"):
+                continue
+            row[name] = time_us([lambda v=variant: m.step(v)])
+        row["no attention"] = time_us([lambda: m.step(attends=False)])
+        row["no pdl"] = without_pdl(lambda: time_us([m.step]))
+        row["prefer shared"] = preferring_shared(lambda: time_us([m.step]))
         times = ", ".join(f"{name} {us / 1e3:.3f}" for name, us in row.items())
-        same = bool(torch.equal(base[batch], base[1]))
         yield f"batch {batch}: {times}; floor {m.floor_ms():.3f} ms"
-        yield f"    row 0 as alone: {same}; largest difference from cublas {error:.1e}"
+        yield f"    row 0 as alone: {torch.equal(base[batch], base[1])}; from cublas {error:.1e}"
     m.set_batch(1, 256)
-    tiles = early_tiles(1, 2048)
     result: list[Tensor] = []
-    graph = graph_of([lambda: result.append(m.step(tiles))])
+    graph = graph_of([lambda: result.append(m.step())])
     want, num_wrong = result[-1].clone(), 0
-    for _ in range(300):
+    for _ in range(100):
         result[-1].zero_()
         graph.replay()
         num_wrong += not torch.equal(result[-1], want)
-    yield f"300 replays that follow each other: {num_wrong} differ"
-
-
-def early_tiles(batch: int, early: int) -> dict[str, Tile]:
-    return {
-        name: replace(choose_tile(batch, is_gated=name == "gate_up"), num_early=early)
-        for name in ("qkv", "o", "gate_up", "down", "head")
-    }
+    yield f"100 replays that follow each other: {num_wrong} differ"
 
 
 def without_pdl(call: Callable[[], float]) -> float:
@@ -294,80 +317,69 @@ def without_pdl(call: Callable[[], float]) -> float:
         launch._has_dependent_launch = before
 
 
-def parts() -> Iterator[str]:
-    """ms per step of one rank's part, without its all-reduces."""
-    for name, shape in {
-        "8B / 2": LLAMA_8B.part(2),
-        "70B / 2, 16 layers": replace(LLAMA_70B.part(2), num_layers=16),
-    }.items():
-        m = Model(shape, 1, 256)
-        for batch in (1, 8, 32):
-            m.set_batch(batch, 256)
-            ours, cublas = (
-                time_us([m.step]) / 1e3,
-                time_us([lambda m=m: m.step(uses_cublas=True)]) / 1e3,
-            )
-            yield f"{name}, batch {batch}: ours {ours:.3f}, cublas {cublas:.3f}, floor {m.floor_ms():.3f} ms"
-        del m
+def preferring_shared(call: Callable[[], float]) -> float:
+    """With multiprocessors set up for shared memory whatever runs, so that none is set up anew."""
+    from cuda.bindings import driver
+
+    driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_SHARED)
+    try:
+        return call()
+    finally:
+        driver.cuCtxSetCacheConfig(driver.CUfunc_cache.CU_FUNC_CACHE_PREFER_NONE)
 
 
-# --- single kernels
+# --- products
 
-FEW_ROWS = [
-    Tile(16, 8, 256, 2, 5), Tile(16, 8, 512, 4, 4), Tile(16, 8, 256, 4, 5), Tile(16, 8, 512, 2, 3),
-    Tile(32, 8, 256, 4, 4), Tile(32, 8, 512, 8, 3), Tile(64, 8, 128, 4, 5),
-]  # fmt: skip
-FEW_ROWS_GATED = [
-    Tile(16, 8, 256, 2, 5), Tile(16, 8, 256, 4, 4), Tile(16, 8, 128, 4, 6), Tile(16, 8, 512, 4, 2),
-    Tile(32, 8, 128, 4, 5), Tile(32, 8, 256, 8, 3),
-]  # fmt: skip
-ROWS_32 = [
-    Tile(32, 32, 128, 4, 5), Tile(32, 32, 256, 4, 3), Tile(16, 32, 256, 4, 3), Tile(64, 32, 128, 4, 4),
-    Tile(128, 32, 64, 4, 6),
-]  # fmt: skip
-ROWS_32_GATED = [
-    Tile(32, 32, 128, 4, 4),
-    Tile(32, 32, 64, 4, 6),
-    Tile(64, 32, 64, 4, 5),
-    Tile(64, 32, 128, 4, 3),
-]
+TILES = {
+    1: [Tile(1, 1, 12), Tile(1, 4, 3), Tile(1, 2, 3), Tile(1, 2, 12), Tile(2, 1, 6), Tile(4, 1, 3)],
+    4: [Tile(1, 2, 5), Tile(2, 2, 2), Tile(4, 1, 2)],
+    8: [Tile(1, 2, 4), Tile(2, 2, 2), Tile(4, 1, 2), Tile(2, 1, 8)],
+    16: [Tile(1, 1, 6), Tile(2, 1, 6), Tile(4, 1, 2)],
+}
+
+
+def products() -> Iterator[str]:
+    """GB/s of the weight, back to back: cublas, ours (the tile), Triton's, and other tiles."""
+    shapes = {
+        **LLAMA_8B.products,
+        "head": (128256, 4096),
+        **{f"{name}/2": size for name, size in LLAMA_8B.part(2).products.items()},
+    }
+    for name, (num_out, num_in) in shapes.items():
+        num_bytes = 2 * num_out * num_in
+        weights = [random(num_out, num_in, scale=0.02) for _ in range(num_copies(num_bytes))]
+        is_gated = name.startswith("gate_up")
+        for num_rows, tiles in TILES.items():
+            x = random(num_rows, num_in)
+            usual = few_rows.choose_tile(num_rows)
+            calls: dict[str, Callable[[Tensor], object]] = {
+                "cublas": lambda w: F.linear(x, w),
+                **{
+                    show(tile): lambda w, t=tile: multiply_few_rows(x, w, is_gated=is_gated, tile=t)
+                    for tile in (usual, *tiles, replace(usual, num_early=999))
+                },
+            }
+            triton = invariant_linear.linear_silu_and_mul if is_gated else invariant_linear.linear
+            calls["triton"] = lambda w: triton(x, w)
+            us = {
+                key: time_us([lambda w=w: call(w) for w in weights], 5)
+                for key, call in calls.items()
+            }
+            cells = "  ".join(f"{key} {gbps(num_bytes, value)}" for key, value in us.items())
+            yield f"{name} {num_rows} x {num_out}x{num_in}: {cells}  (best {min(us.values()):.1f} us)"
 
 
 def show(tile: Tile) -> str:
-    return f"{tile.num_out}.{tile.num_rows}.{tile.num_in}w{tile.num_warps}s{tile.num_stages}"
+    early = "e" if tile.num_early else ""
+    return f"{tile.num_tiles}.{tile.num_steps}.{tile.depth}{early}"
 
 
-def few_rows() -> Iterator[str]:
-    """GB/s of the weight for each tile (outputs.rows.inputs w warps s stages), back to back with overlap."""
-    products = LLAMA_8B.products
-    yield from product_lines(1, {**products, "head": (128256, 4096)}, FEW_ROWS, FEW_ROWS_GATED)
-    yield from product_lines(32, products, ROWS_32, ROWS_32_GATED)
-
-
-def product_lines(
-    num_rows: int, products: dict[str, tuple[int, int]], tiles: list[Tile], gated: list[Tile]
-) -> Iterator[str]:
-    for name, (num_out, num_in) in products.items():
-        num_bytes = 2 * num_out * num_in
-        weights = [random(num_out, num_in, scale=0.02) for _ in range(num_copies(num_bytes))]
-        x = random(num_rows, num_in)
-        is_gated = name == "gate_up"
-        product = linear_silu_and_mul if is_gated else linear
-        found = {"cublas": time_us([lambda w=w: F.linear(x, w) for w in weights])}
-        for tile in gated if is_gated else tiles:
-            try:
-                found[show(tile)] = time_us(
-                    [lambda w=w, t=tile: product(x, w, tile=t) for w in weights]
-                )
-            except Exception as error:
-                yield f"{show(tile)} cannot: {' '.join(str(error).split())[:120]}"
-        cells = "  ".join(f"{key} {gbps(num_bytes, us)}" for key, us in found.items())
-        yield f"{num_rows} x {num_out}x{num_in} {name}: {cells}  (best {min(found.values()):.1f} us)"
+# --- attention and what is between
 
 
 def attention_call(
     batch: int, context: int, shape: Shape
-) -> tuple[list[Callable[[int], None]], int]:
+) -> tuple[list[Callable[[int, int], None]], int]:
     num_bytes = 2 * 2 * batch * context * shape.num_kv_heads * shape.head_dim
     table_len = -(-context // BLOCK_SIZE)
     at = {"dtype": torch.int32, "device": DEVICE}
@@ -382,42 +394,32 @@ def attention_call(
     out = torch.empty_like(q)
     decode.plan_decode(starts, lens, workspace)
 
-    def call(copy: int, num_programs: int) -> None:
+    def call(copy: int, num_programs: int, num_stages: int) -> None:
         decode.decode_attention(
             q, caches[copy, 0], caches[copy, 1], tables, starts, lens, workspace, out,
-            scale=shape.head_dim**-0.5, num_programs=num_programs,
+            scale=shape.head_dim**-0.5, num_programs=num_programs, num_stages=num_stages,
         )  # fmt: skip
 
-    return [lambda n, c=c: call(c, n) for c in range(copies)], num_bytes
+    return [lambda n, s, c=c: call(c, n, s) for c in range(copies)], num_bytes
 
 
 def decodes() -> Iterator[str]:
-    """us of decode attention by the length of a split and the programs for each multiprocessor."""
-    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    before = decode.SPLIT
-    for batch, context in [
-        (1, 256),
-        (1, 1024),
-        (1, 4096),
-        (1, 131072),
-        (32, 256),
-        (32, 2048),
-        (256, 1024),
-    ]:
+    """us of decode attention: length of a split / tile / programs for each multiprocessor / stages."""
+    before = decode.SPLIT, decode._TILE
+    for batch, context in [(1, 256), (1, 4096), (32, 256), (32, 2048)]:
         cells = []
-        for split in (128, 256, 512):
-            decode.SPLIT = split
+        for split, tile in ((64, 64), (128, 64), (256, 64), (256, 128), (512, 64)):
+            decode.SPLIT, decode._TILE = split, tile
             calls, num_bytes = attention_call(batch, context, LLAMA_8B)
-            for per_processor in (1, 2, 4):
-                n = -(-per_processor * processors // LLAMA_8B.num_kv_heads)
-                us = time_us([lambda c=c, n=n: c(n) for c in calls], 5)
-                cells.append((us, f"{split}/{per_processor} {us:.1f}"))
-        best = min(cells)[0]
-        decode.SPLIT = before
+            for per_processor, stages in ((1, 3), (2, 3), (2, 2), (4, 2)):
+                n = -(-per_processor * NUM_PROCESSORS // LLAMA_8B.num_kv_heads)
+                us = time_us([lambda c=c, n=n, s=stages: c(n, s) for c in calls], 5)
+                cells.append((us, f"{split}/{tile}/{per_processor}/{stages} {us:.1f}"))
+        decode.SPLIT, decode._TILE = before
+        best = " ".join(cell for _, cell in sorted(cells)[:8])
         yield (
-            f"{batch} x {context}: "
-            + "  ".join(cell for _, cell in cells)
-            + f"  (best {gbps(num_bytes, best)} GB/s)"
+            f"{batch} x {context}: best {best}; worst {max(cells)[1]}"
+            f"  (best {gbps(num_bytes, min(cells)[0])} GB/s)"
         )
 
 
@@ -444,100 +446,12 @@ def smalls() -> Iterator[str]:
         yield f"{rows} rows: " + ", ".join(cells)
 
 
-# --- prefill
-
-MANY_ROWS = [
-    Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(256, 128, 64, 8, 3),
-]  # fmt: skip
-
-
-def products_of_prompts() -> Iterator[str]:
-    """TFLOP/s of 16384 rows."""
-    for name, (num_out, num_in) in LLAMA_8B.products.items():
-        x, weight = random(16384, num_in), random(num_out, num_in, scale=0.02)
-        num_flops = 2 * 16384 * num_out * num_in
-        found = {"cublas": time_us([lambda: F.linear(x, weight)] * 2, 5)}
-        for tile in MANY_ROWS:
-            try:
-                found[show(tile)] = time_us([lambda t=tile: linear(x, weight, tile=t)] * 2, 5)
-            except Exception as error:
-                yield f"{show(tile)} cannot: {' '.join(str(error).split())[:120]}"
-        yield f"{name}: " + "  ".join(
-            f"{key} {num_flops / us / 1e6:.0f}" for key, us in found.items()
-        )
-
-
-def prompts() -> Iterator[str]:
-    """TFLOP/s of prefill attention: rows/tile/warps/stages, beside torch's flash attention without paging."""
-    shape = LLAMA_8B
-    rows, tile = prefill._NUM_ROWS, prefill._TILE
-    for batch, length in [(8, 2048), (1, 8192), (1, 128)]:
-        num_flops = 4 * shape.num_heads * shape.head_dim * batch * length * (length + 1) / 2
-        table_len = length // BLOCK_SIZE
-        caches = random(2, batch * table_len, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-        at = {"dtype": torch.int32, "device": DEVICE}
-        tables = torch.arange(batch * table_len, **at).view(batch, table_len)
-        starts, lens = torch.arange(batch + 1, **at) * length, torch.full((batch,), length, **at)
-        q = random(batch * length, shape.num_heads, shape.head_dim)
-        out = torch.empty_like(q)
-        cells = []
-        for variant in [
-            (128, 64, 8, 3),
-            (128, 64, 8, 2),
-            (128, 128, 8, 2),
-            (64, 64, 4, 3),
-            (64, 64, 4, 2),
-        ]:
-            prefill._NUM_ROWS, prefill._TILE, warps, stages = variant
-
-            def call(warps: int = warps, stages: int = stages) -> None:
-                prefill.prefill_attention(
-                    q, caches[0], caches[1], tables, starts, lens, out,
-                    scale=shape.head_dim**-0.5, num_warps=warps, num_stages=stages,
-                )  # fmt: skip
-
-            try:
-                us = time_us([call] * 2, 5)
-                cells.append(f"{'/'.join(map(str, variant))} {num_flops / us / 1e6:.0f}")
-            except Exception as error:
-                cells.append(f"{variant} cannot: {' '.join(str(error).split())[:80]}")
-        prefill._NUM_ROWS, prefill._TILE = rows, tile
-        keys, values = (cache.view(-1, shape.num_kv_heads, shape.head_dim) for cache in caches)
-        try:
-            from torch.nn.attention.varlen import varlen_attn
-
-            us = time_us(
-                [
-                    lambda: varlen_attn(
-                        q, keys, values, starts, starts, length, length, window_size=(-1, 0)
-                    )
-                ]
-                * 2,
-                5,
-            )
-            cells.append(f"torch varlen {num_flops / us / 1e6:.0f}")
-        except Exception as error:
-            cells.append(f"torch varlen cannot: {' '.join(str(error).split())[:80]}")
-        yield f"{batch} x {length}: " + "  ".join(cells)
-
-
 SECTIONS: dict[str, Callable[[], Iterator[str]]] = {
-    section.__name__: section
-    for section in (
-        check,
-        check_rows,
-        model,
-        few_rows,
-        decodes,
-        prompts,
-        products_of_prompts,
-        parts,
-        smalls,
-    )
+    section.__name__: section for section in (check, model, part_of_2, products, decodes, smalls)
 }
 
 
-def compile_all(names: Sequence[str], timeout_s: float = 150) -> None:
+def compile_all(names: Sequence[str], timeout_s: float = 60) -> None:
     command = [sys.executable, __file__, "--compile-only", "--sections"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     running = [subprocess.Popen([*command, name], **quiet) for name in names]
@@ -554,7 +468,7 @@ def compile_all(names: Sequence[str], timeout_s: float = 150) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--budget-s", type=float, default=240, help="no section begins after it")
+    parser.add_argument("--budget-s", type=float, default=80, help="no section begins after it")
     parser.add_argument("--compile-only", action="store_true", help="run without a clock")
     args = parser.parse_args()
     begin = time.monotonic()

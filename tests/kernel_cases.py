@@ -13,7 +13,8 @@ from torch import Tensor
 from yalis.kernels import reference
 from yalis.kernels.activation import silu_and_mul
 from yalis.kernels.decode_attention import SPLIT, DecodeWorkspace, decode_attention, plan_decode
-from yalis.kernels.linear import linear, linear_silu_and_mul
+from yalis.kernels.few_rows import multiply_few_rows, takes
+from yalis.kernels.invariant_linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
@@ -105,6 +106,35 @@ def products(device: torch.device, dtype: torch.dtype) -> None:
         near(linear(x, weight, bias), reference.linear(x, weight, bias), units=units)
         if num_out % 2 == 0:
             same(linear_silu_and_mul(x, weight), silu_and_mul(linear(x, weight)))
+
+
+def few_rows(device: torch.device, dtype: torch.dtype) -> None:
+    """On a GPU only: CUDA C++."""
+    for num_out, num_in in [
+        (48, 512),
+        (1, 8),
+        (331, 1000),
+        (2048, 4096),
+        (130, 14336),
+        (1056, 128),
+    ]:
+        x = random(16, num_in + 8, device=device, dtype=dtype)[:, :num_in]  # strided rows
+        weight = random(num_out, num_in, device=device, dtype=dtype, seed=1) / num_in**0.5
+        bias = random(num_out, device=device, dtype=dtype)
+        expected, biased = reference.linear(x, weight), reference.linear(x, weight, bias)
+        for num_rows in (1, 2, 3, 4, 7, 8, 13, 16):
+            part = x[:num_rows]
+            assert takes(part, weight)
+            product = multiply_few_rows(part, weight)
+            near(product, expected[:num_rows], units=2)
+            near(multiply_few_rows(part, weight, bias), biased[:num_rows], units=2)
+            assert torch.equal(product[:1], multiply_few_rows(x[:1], weight))
+            if num_out % 2 == 0:
+                gated = multiply_few_rows(part, weight, is_gated=True)
+                near(gated, reference.silu_and_mul(product), units=4)
+    assert multiply_few_rows(x[:1], weight[:0]).shape == (1, 0)
+    assert not takes(torch.cat((x, x)), weight)
+    assert not takes(x[:, 1:], weight[:, 1:])
 
 
 def attentions(device: torch.device, dtype: torch.dtype) -> None:
@@ -199,3 +229,4 @@ ALL: dict[str, Case] = {
     case.__name__: case
     for case in (norms, activations, rotations, products, attentions, attention_alone)
 }
+GPU_ONLY: dict[str, Case] = {"few_rows": few_rows}

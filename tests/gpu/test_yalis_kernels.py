@@ -1,4 +1,4 @@
-"""yalis's Triton kernels on a GPU: against their reference, and the same bits whatever the batch."""
+"""yalis's kernels on a GPU: against their reference, and the same bits whatever the batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["norms", "activations", "rotations", "products", "attentions", "attention_alone"]
+    "name",
+    ["norms", "activations", "rotations", "products", "attentions", "attention_alone", "few_rows"],
 )
 def test_kernels(name: str, dtype: torch.dtype) -> None:
     import kernel_cases
 
-    kernel_cases.ALL[name](torch.device("cuda", 0), dtype)
+    {**kernel_cases.ALL, **kernel_cases.GPU_ONLY}[name](torch.device("cuda", 0), dtype)

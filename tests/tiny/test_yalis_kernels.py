@@ -7,12 +7,11 @@ import os
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton, which is no dependency on CPU")
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels themselves", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = (
-    "1"  # read when a kernel is defined: before yalis.kernels is imported
-)
+# Read where a kernel is defined, those of triton's own library among them.
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="needs triton, which is no dependency on CPU")
 
 import kernel_cases
 

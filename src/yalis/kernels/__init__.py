@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for NVIDIA GPUs: what a decode step is made of, each near the memory's speed.
+"""Kernels for NVIDIA GPUs, in Triton and CUDA C++: what a decode step is made of, near the memory's speed.
 
 Imported only where there is a GPU. `yalis/kernels/reference.py` says in plain torch what each kernel
 computes; tests hold them equal.

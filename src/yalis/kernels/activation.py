@@ -10,7 +10,9 @@ from torch import Tensor
 
 from yalis.kernels.launch import begin, launch_options, wait
 
-_BLOCK = 1024
+# Small blocks end sooner; of many, large ones keep more reads on their way.
+_BLOCK, _LARGE_BLOCK = 1024, 4096
+_LARGE = 1 << 22
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -21,8 +23,9 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
-        _silu_and_mul_kernel[(num_rows, triton.cdiv(size, _BLOCK))](
-            gate_up, out, gate_up.stride(0), size, BLOCK=_BLOCK, **launch_options(gate_up.device)
+        block = _BLOCK if out.numel() < _LARGE else _LARGE_BLOCK
+        _silu_and_mul_kernel[(num_rows, triton.cdiv(size, block))](
+            gate_up, out, gate_up.stride(0), size, BLOCK=block, **launch_options(gate_up.device)
         )
     return out
 

@@ -79,6 +79,7 @@ def decode_attention(
     *,
     scale: float,
     num_programs: int | None = None,
+    num_stages: int = 3,
 ) -> None:
     """Write out for every sequence that has one new token, the last of its context; leave other rows alone.
 
@@ -101,7 +102,7 @@ def decode_attention(
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16), BLOCK_DIM=triton.next_power_of_2(head_dim),
-        BLOCK_SEQS=triton.next_power_of_2(num_seqs), SPLIT=SPLIT, TILE=_TILE,
+        BLOCK_SEQS=triton.next_power_of_2(num_seqs), SPLIT=SPLIT, TILE=_TILE, NUM_STAGES=num_stages,
         num_warps=4, **launch_options(q.device),
     )  # fmt: skip
 
@@ -139,13 +140,16 @@ def _decode_kernel(
     q_stride, table_stride, table_width, cache_block_stride, cache_token_stride, cache_head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SEQS: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_SEQS)
     begin(PDL)
     wait(PDL)
+    # All that a split needs to be found is read at once, not one after the other.
     starts = tl.load(split_starts + seqs, seqs < num_seqs, other=2147483647)
+    lens = tl.load(seq_lens + seqs, seqs < num_seqs, other=0)
+    rows = tl.load(query_starts + seqs, seqs < num_seqs, other=0)
     num_all_splits = tl.load(split_starts + num_seqs)
     for split in range(tl.program_id(1), num_all_splits, tl.num_programs(1)):
         # A sequence without splits begins where the next one does: the last that begins so early has it.
@@ -156,12 +160,14 @@ def _decode_kernel(
             tl.minimum(tl.min(tl.where(is_before, num_all_splits, starts), 0), num_all_splits)
             - first_split
         )
-        q_row = tl.load(query_starts + seq).to(tl.int64)
+        is_it = seqs == seq
+        q_row = tl.sum(tl.where(is_it, rows, 0), 0).to(tl.int64)
+        seq_len = tl.sum(tl.where(is_it, lens, 0), 0)
         total, peak, norm = _attend(
             q + q_row * q_stride, key_cache, value_cache, block_tables + seq.to(tl.int64) * table_stride,
-            table_width, (split - first_split) * SPLIT, tl.load(seq_lens + seq), scale, kv_head,
+            table_width, (split - first_split) * SPLIT, seq_len, scale, kv_head,
             cache_block_stride, cache_token_stride, cache_head_stride,
-            GROUP, HEAD_DIM, BLOCK_SIZE, BLOCK_GROUP, BLOCK_DIM, SPLIT, TILE,
+            GROUP, HEAD_DIM, BLOCK_SIZE, BLOCK_GROUP, BLOCK_DIM, SPLIT, TILE, NUM_STAGES,
         )  # fmt: skip
         group, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
         mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -192,6 +198,7 @@ def _attend(
     cache_block_stride, cache_token_stride, cache_head_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split: sums of values weighted by exponentials, the greatest score and the sum of exponentials."""
     group, dim, token = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM), tl.arange(0, TILE)
@@ -202,7 +209,7 @@ def _attend(
     peak = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_GROUP,), tl.float32)
     total = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-    for offset in tl.range(start, tl.minimum(start + SPLIT, seq_len), TILE, num_stages=3):
+    for offset in tl.range(start, tl.minimum(start + SPLIT, seq_len), TILE, num_stages=NUM_STAGES):
         position = offset + token
         is_there = position < seq_len
         # Bounded by the table, not by seq_len, which is still on its way.

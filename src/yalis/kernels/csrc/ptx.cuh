@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// Instructions that C++ has no word for: copies that run by themselves, and kernels that overlap.
+#pragma once
+
+#include "numbers.cuh"
+
+namespace yalis {
+
+// Where the L2 cache makes room first: in what is read once.
+inline u64 evict_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+    return policy;
+}
+
+// Starts a copy to shared memory; zeros are written where nothing is there.
+inline void copy_16_bytes(u32 to, const char* from, bool is_there, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(is_there ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
+inline void copy_16_bytes(u32 to, const char* from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+
+inline void end_item() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+void wait_item() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+struct Vector {
+    u32 part[4];
+};
+
+inline Vector load_16_bytes(u32 from) {
+    Vector v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.part[0]), "=r"(v.part[1]), "=r"(v.part[2]), "=r"(v.part[3])
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
+// Both a multiple of 16 bytes.
+inline void fetch_into_l2(const char* from, u32 num_bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
+}
+
+// Lets the next kernel start once every block has come so far. It may read only weights before its own wait.
+inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Waits until all earlier kernels have ended and their writes are visible.
+inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+}  // namespace yalis

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = x W^T for up to 16 rows of x at the speed of reading W: csrc/few_rows.cuh, compiled when first needed.
+
+While the kernel before it still runs, each block has its first weights on their way into shared memory, and
+two such kernels fit a multiprocessor: memory is busy all the time. A row's bits depend on nothing but the
+row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvrar.gpu import jit
+from nvrar.gpu.kernel import Function
+from nvrar.gpu.layout import LaunchShape
+
+log = logging.getLogger("yalis")
+
+MOST_ROWS = 16
+_CSRC = Path(__file__).parent / "csrc"
+_ENTRY = "yalis_few_rows"
+_NUMBERS = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_NUM_WARPS = 8
+# Two blocks and a kilobyte for each share the 228 KB of a multiprocessor, with room for a small kernel.
+_SHARED_BYTES = 104 << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block works. The bits of the result do not depend on it."""
+
+    num_tiles: int  # of 16 rows of W, which share what is read of x
+    num_steps: int  # of 32 inputs, that a warp fetches at a time; 1, 2 or 4
+    depth: int  # how many of them are on their way
+    num_early: int = 0  # outputs of a block whose weights go to the L2 cache meanwhile
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that the machine code depends on, apart from the sources."""
+
+    dtype: torch.dtype
+    num_rows: int  # of x that there is room for
+    num_tiles: int
+    num_steps: int
+    depth: int
+    is_gated: bool
+    arch: str = "sm_90"
+
+    @property
+    def shared_bytes(self) -> int:
+        queues = self.depth * _item_bytes(self.num_rows, self.num_tiles, self.num_steps)
+        return _NUM_WARPS * queues + _sum_bytes(self.num_rows, self.num_tiles)
+
+    def source(self) -> str:
+        """The translation unit: the few lines that instantiate the kernel."""
+        numbers = ", ".join(map(str, (self.num_rows, self.num_tiles, self.num_steps, self.depth)))
+        gated = str(self.is_gated).lower()
+        return "\n".join(
+            [
+                '#include "few_rows.cuh"',
+                f"using Kernel = yalis::FewRows<yalis::{_NUMBERS[self.dtype]}, {numbers}, {gated}>;",
+                f"static_assert(sizeof(yalis::Args) == {ctypes.sizeof(_Args)} && "
+                f'Kernel::kSharedBytes == {self.shared_bytes}, "kernels/few_rows.py counts differently");',
+                f'extern "C" __global__ void __launch_bounds__({32 * _NUM_WARPS}, 2)',
+                f"{_ENTRY}(const __grid_constant__ yalis::Args args) {{",
+                "    extern __shared__ __align__(16) char shared[];",
+                "    Kernel(args, shared).run();",
+                "}",
+                "",
+            ]
+        )
+
+
+class _Args(ctypes.Structure):
+    """``Args`` of csrc/few_rows.cuh."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),
+        ("weight", ctypes.c_uint64),
+        ("bias", ctypes.c_uint64),
+        ("out", ctypes.c_uint64),
+        ("x_stride", ctypes.c_uint64),
+        ("weight_stride", ctypes.c_uint64),
+        ("num_rows", ctypes.c_uint32),
+        ("num_in", ctypes.c_uint32),
+        ("num_out", ctypes.c_uint32),
+        ("num_early", ctypes.c_uint32),
+    )
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel is for this product: few rows of a 16-bit type, in reach of 16-byte copies."""
+    return (
+        x.is_cuda
+        and 0 < x.shape[0] <= MOST_ROWS
+        and x.dtype in _NUMBERS
+        and weight.dtype == x.dtype
+        and x.shape[1] > 0
+        and all(_is_aligned(tensor) for tensor in (x, weight))
+        and _arch(x.device.index or 0) >= (9, 0)
+        and _has_compiler()
+    )
+
+
+@lru_cache
+def _has_compiler() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.core") is not None
+    except ModuleNotFoundError:
+        log.warning(
+            "cuda-core is not installed, so cuBLAS multiplies few rows, which is slower; "
+            "pip install 'nvrar[cu13]'"
+        )
+        return False
+
+
+def _is_aligned(matrix: Tensor) -> bool:
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) % 8 == 0
+        and matrix.shape[1] % 8 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def multiply_few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    is_gated: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x `[num_rows, num_in]` and weight `[num_out, num_in]` to a new `[num_rows, num_out]`. Capturable.
+
+    `takes` says for which. Sums in float32, rounded once, bias `[num_out]` included. With `is_gated` the
+    upper half of the weight's rows are gates, the lower their ups, and the result is silu(gate) * up,
+    `[num_rows, num_out / 2]`, rounded as `silu_and_mul` does.
+    """
+    num_rows, num_in = x.shape
+    num_out = weight.shape[0]
+    num_results = num_out // 2 if is_gated else num_out
+    out = torch.empty((num_rows, num_results), dtype=x.dtype, device=x.device)
+    if not num_results:
+        return out
+    device_idx = x.device.index or 0
+    num_blocks = min(_num_processors(device_idx), num_results)
+    tile = tile or choose_tile(num_rows)
+    spec = spec_of(x.dtype, num_rows, tile, is_gated=is_gated, arch=_arch(device_idx))
+    args = _Args(
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr() if bias is not None else 0,
+        out.data_ptr(),
+        2 * x.stride(0),
+        2 * weight.stride(0),
+        num_rows,
+        num_in,
+        num_out,
+        tile.num_early,
+    )
+    function = _load(spec, device_idx)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    config = _config(function, num_blocks, stream, spec.shared_bytes)
+    pointer = ctypes.c_void_p(ctypes.addressof(args))
+    function.launch(config, ctypes.addressof(pointer))
+    return out
+
+
+def spec_of(
+    dtype: torch.dtype, num_rows: int, tile: Tile, *, is_gated: bool, arch: tuple[int, int]
+) -> Spec:
+    """The kernel that a product with so many rows and this tile needs."""
+    room = 1 << (num_rows - 1).bit_length()
+    name = f"sm_{arch[0]}{arch[1]}"
+    return Spec(dtype, room, tile.num_tiles, tile.num_steps, tile.depth, is_gated, name)
+
+
+def choose_tile(num_rows: int) -> Tile:
+    """The tile for so many rows of x."""
+    room = 1 << (num_rows - 1).bit_length()
+    # All of x is read for each pass over a tile's outputs: with more rows of it, passes should be few.
+    num_tiles, num_steps = (1, 2) if room <= 2 else (2, 1)
+    item = _NUM_WARPS * _item_bytes(room, num_tiles, num_steps)
+    return Tile(num_tiles, num_steps, (_SHARED_BYTES - _sum_bytes(room, num_tiles)) // item)
+
+
+def _item_bytes(num_rows: int, num_tiles: int, num_steps: int) -> int:
+    return num_steps * (1024 * num_tiles + 64 * num_rows)
+
+
+def _sum_bytes(num_rows: int, num_tiles: int) -> int:
+    return _NUM_WARPS * num_rows * num_tiles * 16 * 4
+
+
+def cubin(spec: Spec) -> bytes:
+    """The machine code for `spec`, from the disk cache if it is there. Needs no GPU."""
+    return jit.cubin_of_source("yalis's product of few rows", spec.source(), spec.arch, _CSRC)
+
+
+def build(spec: Spec) -> jit.Built:
+    """The same, compiled anew, and what it takes of a multiprocessor."""
+    return jit.build_source("yalis's product of few rows", spec.source(), spec.arch, _CSRC)
+
+
+@lru_cache
+def _load(spec: Spec, device_idx: int) -> Function:
+    from cuda.core import ObjectCode
+
+    library = ObjectCode.from_cubin(cubin(spec), name=_ENTRY)
+    function = _Loaded(library)
+    function.take_shared(device_idx, spec.shared_bytes)
+    return function
+
+
+class _Loaded(Function):
+    """A kernel that keeps its library, whose end would unload it."""
+
+    def __init__(self, library: Any) -> None:
+        super().__init__(int(library.get_kernel(_ENTRY).handle))
+        self._library = library
+
+
+@lru_cache(maxsize=1024)
+def _config(function: Function, num_blocks: int, stream: int, shared_bytes: int) -> Any:
+    shape = LaunchShape(num_blocks, 32 * _NUM_WARPS)
+    return function.config(shape, stream, overlaps=True, shared_bytes=shared_bytes)
+
+
+@lru_cache
+def _num_processors(device_idx: int) -> int:
+    return int(torch.cuda.get_device_properties(device_idx).multi_processor_count)
+
+
+@lru_cache
+def _arch(device_idx: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_idx)
