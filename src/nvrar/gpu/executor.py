@@ -177,7 +177,7 @@ class GpuExecutor:
         kernel.fill_rows(args, plan, packets, dtype, rows, eps)
         function = self._function(algorithm, dtype, "sum", rows=True)
         shared = rows.shared_bytes(plan, packets)
-        most = self._most_blocks(function, plan, rows=True, shared_bytes=shared)
+        most = self._most_blocks(function, plan, shared)
         shape = rows.launch_shape(plan, packets, most, has_clusters=self._is_hopper)
         self._let_overlap(args, shape, most)
         return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
@@ -197,12 +197,10 @@ class GpuExecutor:
         self._workspace.fill(args, algorithm.plan, algorithm.packets)
         return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
-    def _most_blocks(
-        self, function: kernel.Function, plan: Plan, rows: bool = False, shared_bytes: int = 0
-    ) -> int:
+    def _most_blocks(self, function: kernel.Function, plan: Plan, shared_bytes: int = 0) -> int:
         """Half of what a GPU can hold at once: blocks wait for peers, so two communicators on two streams
         must both find room, in whatever order the ranks launch them."""
-        resident = function.resident_blocks(layout.most_threads(plan, rows), shared_bytes)
+        resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
         return max(1, self._num_processors * resident // 2)
 
     def _let_overlap(self, args: Any, shape: LaunchShape, most_blocks: int) -> None:

@@ -65,7 +65,7 @@ class KernelSpec:
         defines = ["#define NVRAR_PUT"] if self.uses_put else []
         if self.jitter_ns:
             defines.append(f"#define NVRAR_JITTER_NS {self.jitter_ns}")
-        threads = most_threads(self.plan, self.rows)
+        threads = most_threads(self.plan)
         types = f"nvrar::{self.packets.name}, nvrar::{TYPES[self.dtype]}"
         if self.rows:
             kernel = f"nvrar::all_reduce_add_rms_norm<{types}>"

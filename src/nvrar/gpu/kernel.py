@@ -23,6 +23,7 @@ class Norm(ctypes.Structure):
         ("residual", ctypes.c_uint64),
         ("residual_out", ctypes.c_uint64),
         ("weight", ctypes.c_uint64),
+        ("num_rows", ctypes.c_uint32),
         ("row_bytes", ctypes.c_uint32),
         ("row_units", ctypes.c_uint32),
         ("share", ctypes.c_float),
@@ -97,8 +98,9 @@ def fill_rows(
     units = rows.units_of_row(plan, packets)
     args.num_bytes = rows.num_rows * rows.row_bytes
     args.num_units = rows.num_rows * units
-    args.norm.row_bytes, args.norm.row_units, args.norm.eps = rows.row_bytes, units, eps
-    args.norm.share = dtype.itemsize / rows.row_bytes
+    norm = args.norm
+    norm.num_rows, norm.row_bytes, norm.row_units = rows.num_rows, rows.row_bytes, units
+    norm.share, norm.eps = dtype.itemsize / rows.row_bytes, eps
     args.signature = _signature(plan, packets.name, dtype, rows, eps)
 
 

@@ -63,16 +63,13 @@ class LaunchShape:
     cluster: int = 1  # blocks that can write to each other's shared memory
 
 
-def most_threads(plan: Plan, rows: bool = False) -> int:
+def most_threads(plan: Plan) -> int:
     """The largest block that a kernel is compiled for.
 
     Threads of a plan that splits carry a unit of every part and need the registers of two; there are
-    fewer of them for it. A kernel that goes on with ``rows`` has one block for each: where threads look at
-    one packet at a time, there are enough registers for 8192 elements of 2 bytes in one turn.
+    fewer of them for it.
     """
-    if num_parts(plan) > 1:
-        return 256
-    return 640 if rows and max(plan.radices, default=1) <= 2 else 512
+    return 256 if num_parts(plan) > 1 else 512
 
 
 def launch_shape(
@@ -132,24 +129,26 @@ class Rows:
         return num_areas(plan) * units * packets.slot_bytes
 
     def shared_bytes(self, plan: Plan, packets: Format) -> int:
-        """Of the block's memory, for the squares: two floats a chunk, and with LL one for each word."""
-        most_bytes = self.units_of_row(plan, packets) * num_parts(plan) * packets.data_bytes
-        chunks = most_bytes // LL128.data_bytes + 1
-        return 4 * (2 * chunks + (self.row_bytes // 8 if packets is LL else 0))
+        """Of the block's memory, for the squares: with LL128 two marks of 8 bytes for each unit, with LL a
+        float for each word of 8 bytes and each chunk."""
+        if packets is LL128:
+            return 16 * self.units_of_row(plan, packets) * num_parts(plan)
+        return 4 * (self.row_bytes // 8 + -(-self.row_bytes // LL128.data_bytes))
 
     def launch_shape(
         self, plan: Plan, packets: Format, most_blocks: int, has_clusters: bool
     ) -> LaunchShape:
-        """A thread for everything in a row, over a cluster if need be: that costs 0.4 us, a turn more."""
+        """A row's units over a cluster, where there are clusters and few rows: a multiprocessor is kept busy
+        by the instructions of five warps as long as packets are under way."""
         units = self.units_of_row(plan, packets)
-        most_units = most_threads(plan, rows=True) // packets.threads
+        most_units = most_threads(plan) // packets.threads
         cluster = 1
         while (
             has_clusters
             and packets is LL128
-            and units > cluster * most_units
+            and units > 5 * cluster  # so that each block has one
             and cluster < _CLUSTER
-            and 2 * cluster <= most_blocks
+            and 2 * cluster * self.num_rows <= most_blocks
         ):
             cluster *= 2
         turns = -(-units // (cluster * most_units))

@@ -105,11 +105,9 @@ class VirtualCluster:
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]
 
-    def _most_blocks(
-        self, function: kernel.Function, rows: bool = False, shared_bytes: int = 0
-    ) -> int:
+    def _most_blocks(self, function: kernel.Function, shared_bytes: int = 0) -> int:
         # All blocks of all ranks must be on the device at once: they wait for each other.
-        resident = function.resident_blocks(layout.most_threads(self.plan, rows), shared_bytes)
+        resident = function.resident_blocks(layout.most_threads(self.plan), shared_bytes)
         return max(1, resident * self._num_processors // self.num_ranks)
 
     def prepare(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Call:
@@ -146,7 +144,7 @@ class VirtualCluster:
             args.norm.weight = weight.data_ptr()
             kernel.fill_rows(args, self.plan, self.packets, self.dtype, rows, eps)
         function, shared = self._function(rows=True), rows.shared_bytes(self.plan, self.packets)
-        most = self._most_blocks(function, rows=True, shared_bytes=shared)
+        most = self._most_blocks(function, shared)
         shape = rows.launch_shape(self.plan, self.packets, most, self._is_hopper)
         return Call(self._packed_table(), function, shape, shared)
 

@@ -20,50 +20,44 @@ inline float add_up_lanes(float value) {
     return value;
 }
 
-// The blocks that share a row.
+// The blocks that share a row: a cluster, or one.
 struct Team {
 #if __CUDA_ARCH__ >= 900
-    u32 rank, size;
+    static u32 id() { return read([](u32& x) { asm("mov.u32 %0, %clusterid.x;" : "=r"(x)); }); }
+    static u32 number() { return read([](u32& x) { asm("mov.u32 %0, %nclusterid.x;" : "=r"(x)); }); }
+    static u32 rank() { return read([](u32& x) { asm("mov.u32 %0, %cluster_ctarank;" : "=r"(x)); }); }
+    static u32 size() { return read([](u32& x) { asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(x)); }); }
 
-    static Team mine() {
-        Team team;
-        asm("mov.u32 %0, %cluster_ctarank;" : "=r"(team.rank));
-        asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(team.size));
-        return team;
+    static void meet() {
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
-    // Into the shared memory of every member, at the place that `address` is here.
-    template <class T>
-    void store(T* address, T value) const {
-        if (size == 1) {
-            *address = value;
+    // Into the shared memory of a member, at the place that `address` is here; 8 bytes arrive whole.
+    static void store(u32 member, u64* address, u64 value) {
+        if (size() == 1) {
+            *reinterpret_cast<volatile u64*>(address) = value;
             return;
         }
         const u32 here = u32(__cvta_generic_to_shared(address));
-        u32 bits;
-        memcpy(&bits, &value, 4);
-        for (u32 member = 0; member < size; member++) {
-            u32 there;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(member));
-            asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(bits) : "memory");
-        }
+        u32 there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(member));
+        asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
     }
-    void meet() const {
-        if (size == 1) {
-            __syncthreads();
-            return;
-        }
-        asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+
+  private:
+    template <class Read>
+    static u32 read(Read into) {
+        u32 x;
+        into(x);
+        return x;
     }
 #else
-    static constexpr u32 rank = 0, size = 1;
-
-    static Team mine() { return {}; }
-    template <class T>
-    void store(T* address, T value) const {
-        *address = value;
-    }
-    void meet() const { __syncthreads(); }
+    static u32 id() { return blockIdx.x; }
+    static u32 number() { return gridDim.x; }
+    static u32 rank() { return 0; }
+    static u32 size() { return 1; }
+    static void meet() { __syncthreads(); }
+    static void store(u32, u64* address, u64 value) { *reinterpret_cast<volatile u64*>(address) = value; }
 #endif
 };
 
@@ -73,15 +67,28 @@ class Rows {
     using Words = Message<Packet, Type, true>;
     static constexpr int kPerWord = Type::kPerWord;
     static constexpr u32 kChunkWords = LL128::kDataBytes / 8;
+    static constexpr u32 kFailed = 1u << 31;
 
   public:
+    // With LL128 a unit is a chunk, whose sum a warp marks with the number of its turn and stores at every
+    // member of its team: no barrier. With LL, whose units are words, the block works it out in its memory.
+    static constexpr bool kIsChunk = Packet::kThreads == 32;
     using Payload = typename Packet::Payload;
     // Whether a thread holds a column of h and of the weight in registers.
     static constexpr bool kHolds = Plan::kParts <= 4 && Plan::kParts * Packet::kWords <= 8;
 
     explicit Rows(const Args<Plan>& args) : args_(args) {}
 
+    // Before the first row, and before anybody else's memory is read or written.
+    static void begin(const Args<Plan>& args) {
+        if constexpr (kIsChunk) {
+            for (u32 i = threadIdx.x; i < 2 * num_marks(args); i += blockDim.x) all_marks()[i] = 0;
+            Team::meet();
+        }
+    }
+
     void go_to_row(u32 row) { row_ = row; }
+    void next_turn() { turn_++; }
 
     Payload load(int part, u32 unit, bool live) const {
         return Words::load(args_.in, start(part, unit), live ? row_end() : 0);
@@ -118,42 +125,54 @@ class Rows {
             }
             squares = __fadd_rn(squares, counts ? of_word : 0);
         }
-        if constexpr (Packet::kThreads == 32) {  // a unit is a chunk, but that parts may end within one
-            squares = add_up_lanes(squares);
-            const u32 chunk = part * args_.norm.row_units + unit - row_ * args_.norm.row_units;
-            if (threadIdx.x % 32 == 0) team_.store(&chunk_sums()[chunk], squares);
-        }
+        if constexpr (kIsChunk) tell(part, unit, add_up_lanes(squares), false);
         if constexpr (kHolds) h_.set(part, h);
-        Words::store(args_.norm.residual_out, start(part, unit), row_end(), h);
+        Words::store(args_.norm.residual_out, from, row_end(), h);
     }
 
-    // 1 / sqrt(mean of squares + eps) of the row, once all threads of all its blocks have stored it; false if
-    // any of them is not ok.
+    // 1 / sqrt(mean of squares + eps) of the row, once all its units are stored, by whichever thread; false if
+    // one is not to be had. `ok`: whether this thread has stored its own.
     bool find_scale(bool ok, float& scale) {
         const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8;
         const u32 chunks = (words + kChunkWords - 1) / kChunkWords;
-        if (!ok) team_.store(&broken(), 1u);
-        team_.meet();
-        const bool failed = broken() != 0;
-        if constexpr (Packet::kThreads == 1) {
+        bool failed = false;
+        float total = 0;
+        if constexpr (kIsChunk) {
+            for (u32 chunk = lane; chunk < chunks; chunk += 32) {
+                u32 sum, tag;
+                do {  // it comes: whoever holds it waits for packets within the budget, and then says so
+                    const u64 mark = *reinterpret_cast<volatile u64*>(marks() + chunk);
+                    sum = u32(mark);
+                    tag = u32(mark >> 32);
+                } while ((tag & ~kFailed) != turn_);
+                failed |= (tag & kFailed) != 0;
+                total = __fadd_rn(total, __uint_as_float(sum));
+            }
+            failed = __any_sync(~0u, failed);
+        } else {
+            failed = __syncthreads_or(!ok);
             for (u32 chunk = threadIdx.x / 32; chunk < chunks; chunk += blockDim.x / 32) {
-                float total = 0;
+                float of_lane = 0;
                 for (int w = 0; w < LL128::kWords; w++) {
                     const u32 at = chunk * kChunkWords + LL128::data_offset(lane, w / 2) / 8 + w % 2;
-                    if (LL128::holds_half(lane, w / 2) && at < words) total = __fadd_rn(total, word_sums()[at]);
+                    if (LL128::holds_half(lane, w / 2) && at < words)
+                        of_lane = __fadd_rn(of_lane, word_sums()[at]);
                 }
-                total = add_up_lanes(total);
-                if (lane == 0) chunk_sums()[chunk] = total;
+                of_lane = add_up_lanes(of_lane);
+                if (lane == 0) chunk_sums()[chunk] = of_lane;
             }
             __syncthreads();
+            for (u32 chunk = lane; chunk < chunks; chunk += 32) total = __fadd_rn(total, chunk_sums()[chunk]);
         }
-        float total = 0;
-        for (u32 chunk = lane; chunk < chunks; chunk += 32) total = __fadd_rn(total, chunk_sums()[chunk]);
         total = add_up_lanes(total);
-        odd_ = !odd_;
         const float mean = __fmul_rn(total, args_.norm.share);
         scale = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
         return !failed;
+    }
+
+    // For a unit whose sum did not come, in the place of `store`.
+    void tell_failure(int part, u32 unit) {
+        if constexpr (kIsChunk) tell(part, unit, 0, true);
     }
 
     // Of a unit that this thread has stored; `held` if it was the last, and so is in registers.
@@ -184,12 +203,6 @@ class Rows {
         Words::store(args_.out, start(part, unit), row_end(), value);
     }
 
-    const Team& team() const { return team_; }
-    static u32& broken() {
-        __shared__ u32 flag;
-        return flag;
-    }
-
   private:
     u64 row_start() const { return u64(row_) * args_.norm.row_bytes; }
     u64 row_end() const { return row_start() + args_.norm.row_bytes; }
@@ -206,22 +219,27 @@ class Rows {
         return Words::load(args_.norm.weight, in_row, live ? args_.norm.row_bytes : 0);
     }
 
-    // Two sets of chunks, used by rows in turn: a block may be one row ahead of another of its team. Behind
-    // them, for LL, the words of a row.
-    u32 most_chunks() const { return args_.norm.row_units * Plan::kParts * Packet::kDataBytes / LL128::kDataBytes + 1; }
-    float* chunk_sums() const {
-        extern __shared__ float sums[];
-        return sums + (odd_ ? most_chunks() : 0);
-    }
-    float* word_sums() const {
-        extern __shared__ float sums[];
-        return sums + 2 * most_chunks();
+    void tell(int part, u32 unit, float squares, bool failed) {
+        const u32 units = args_.norm.row_units, lane = threadIdx.x % 32;
+        const u64 mark = u64(turn_ | (failed ? kFailed : 0)) << 32 | __float_as_uint(squares);
+        if (lane < Team::size()) Team::store(lane, marks() + part * units + unit - row_ * units, mark);
     }
 
+    // Two sets, used in turn: a warp may be one row ahead of another, but no more, as it takes a mark of each
+    // to go on.
+    static u32 num_marks(const Args<Plan>& args) { return args.norm.row_units * Plan::kParts; }
+    static u64* all_marks() {
+        extern __shared__ u64 shared[];
+        return shared;
+    }
+    u64* marks() const { return all_marks() + (turn_ % 2 ? num_marks(args_) : 0); }
+
+    static float* word_sums() { return reinterpret_cast<float*>(all_marks()); }
+    float* chunk_sums() const { return word_sums() + args_.norm.row_bytes / 8; }
+
     const Args<Plan>& args_;
-    const Team team_ = Team::mine();
     u32 row_ = 0;
-    bool odd_ = false;
+    u32 turn_ = 1;  // 0 is what marks begin with
     Registers<Payload, kHolds ? Plan::kParts : 1> h_, weight_;
 };
 
@@ -229,14 +247,15 @@ template <class Packet, class Type, class Plan>
 inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     using Tensor = Rows<Plan, Packet, Type>;
     using Columns = Column<Plan, Packet, Type, Sum, Tensor>;
+    Tensor::begin(args);
     wait_for_previous_kernel();
     Columns column(args);
     Tensor& tensor = column.tensor();
-    const Team team = tensor.team();
     const u32 lanes = blockDim.x / Packet::kThreads, place = threadIdx.x / Packet::kThreads;
-    const u32 first = team.rank * lanes + place, step = team.size * lanes;
-    const u32 units = args.norm.row_units, rows = args.num_units / units;
-    const u32 first_row = blockIdx.x / team.size, row_step = gridDim.x / team.size;
+    // Dealt out to the blocks in turn, so that each has one: it may not leave before others' marks are in.
+    const u32 first = place * Team::size() + Team::rank(), step = Team::size() * lanes;
+    const u32 units = args.norm.row_units, rows = args.norm.num_rows;
+    const u32 first_row = Team::id(), row_step = Team::number();
     // Where blocks put, their threads keep step: the loops' bound is the block's.
     const u32 ahead = Plan::uses(Transport::kPut) ? place : 0;
 
@@ -251,7 +270,6 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     };
 
     // The first column is loaded while the epoch is on its way.
-    if (threadIdx.x == 0) Tensor::broken() = 0;
     tensor.go_to_row(first_row);
     column.go_to(first_row * units + first, (first_row + 1) * units);
     typename Columns::Ahead input;
@@ -263,18 +281,23 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     if constexpr (Columns::kLoadsAhead) {
         if (first - ahead < units) column.send_input(input);
     }
-    if (team.size > 1) team.meet();  // all have cleared their flag, and are there to be written to
     u32 row = first_row;
 #pragma unroll 1
     for (; row < rows; row += row_step)
         for_columns(row, Columns::kLoadsAhead && row == first_row ? first + step : first,
                     [&](u32) { column.send_input(); });
     const bool held = units <= step;  // one column a thread
+    // A warp without a unit would not be waited for, and so may not read marks.
+    row = Tensor::kIsChunk && first >= units ? rows : first_row;
 #pragma unroll 1
-    for (row = first_row; row < rows; row += row_step) {
+    for (; row < rows; row += row_step) {
         for_columns(row, first, [&](u32 unit) {
             if (row != first_row || unit != row * units + first) tensor.fetch(unit, unit < (row + 1) * units);
             column.finish();
+            if (!column.ok()) {
+                for (int part = 0; part < Plan::kParts; part++)
+                    if (unit < (row + 1) * units) tensor.tell_failure(part, unit);
+            }
         });
         float scale;
         if (!tensor.find_scale(column.ok(), scale)) break;
@@ -283,6 +306,7 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
             for (int part = 0; part < Plan::kParts; part++)
                 if (unit < (row + 1) * units) tensor.normalise(part, unit, scale, held);
         });
+        tensor.next_turn();
     }
     column.leave_word();
     // Nothing that looks like a result may stand where the result is not to be had.

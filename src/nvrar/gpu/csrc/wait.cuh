@@ -28,6 +28,7 @@ struct Norm {
     const char* residual;
     char* residual_out;
     const char* weight;
+    u32 num_rows;
     u32 row_bytes;
     u32 row_units;  // units of a part in a row
     float share;    // of an element in the mean: 1 / their number
