@@ -1,0 +1,193 @@
+"""The engine on a GPU: its tokens beside transformers', graphs beside eager steps, ranks beside one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from yalis import LLM, SamplingParams
+from yalis.outputs import RequestOutput
+from yalis.testing import make_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.timeout(240),
+]
+
+PROMPTS = [[(7 * i + 3 * j + i * j) % 500 + 4 for j in range(1 + 9 * i)] for i in range(8)]
+GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("engine") / "llama"
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_key_value_heads": 2, "head_dim": 64}
+    return str(make_checkpoint(path, dtype="bfloat16", **shape))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """transformers' model in exact arithmetic, as far as that goes, and in the type of ours."""
+
+    exact: Any
+    rounded: Any
+
+    @classmethod
+    def of(cls, folder: str) -> Reference:
+        from transformers import AutoModelForCausalLM
+
+        read = AutoModelForCausalLM.from_pretrained
+        models = [
+            read(folder, dtype=dtype).eval().cuda() for dtype in (torch.float32, torch.bfloat16)
+        ]
+        return cls(*models)
+
+
+@pytest.fixture(scope="module")
+def reference(model: str) -> Reference:
+    return Reference.of(model)
+
+
+def serve(model: str, params: Any = GREEDY, **options: Any) -> list[RequestOutput]:
+    options = {"dtype": "bfloat16", "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20} | options
+    with LLM(model, device="cuda", **options) as llm:
+        return llm.generate(PROMPTS, params, use_tqdm=False)
+
+
+@torch.inference_mode()
+def check(outputs: list[RequestOutput], reference: Reference) -> None:
+    """Every token is, but for the roundings of bfloat16, the likeliest after those before it.
+
+    Where no logit is off by more than e, the one drawn is at most 2 e below the highest; e is what
+    transformers' own model in bfloat16 shows on the same tokens.
+    """
+    gaps, error = [], 0.0
+    for output in outputs:
+        num_prompt = len(output.prompt_token_ids)
+        tokens = torch.tensor([*output.prompt_token_ids, *output.token_ids], device="cuda")
+        logits = reference.exact(tokens.unsqueeze(0)).logits[0, num_prompt - 1 : -1]
+        rounded = reference.rounded(tokens.unsqueeze(0)).logits[0, num_prompt - 1 : -1]
+        error = max(error, (rounded - logits).abs().max().item())
+        drawn = logits.gather(1, tokens[num_prompt:].unsqueeze(1)).squeeze(1)
+        assert len(drawn) == len(output.token_ids) == GREEDY.max_tokens
+        gaps.append(logits.amax(1) - drawn)
+    gap = torch.cat(gaps)
+    others = (gap > 0).float().mean()
+    report = f"greatest gap {gap.max():.4f}, error {error:.4f}, not the likeliest {others:.4f}"
+    print(report)
+    assert gap.max() <= 2 * error, report
+    assert others < 0.1, report
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+def test_float32_has_the_tokens_of_transformers(model: str, reference: Reference) -> None:
+    for output in serve(model, dtype="float32"):
+        prompt = torch.tensor([output.prompt_token_ids], device="cuda")
+        with torch.inference_mode():
+            theirs = reference.exact.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=GREEDY.max_tokens,
+                do_sample=False,
+                eos_token_id=-1,
+                pad_token_id=0,
+            )
+        assert output.token_ids == tuple(theirs[0, prompt.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
+def test_bfloat16_is_within_its_roundings(
+    enforce_eager: bool, model: str, reference: Reference
+) -> None:
+    check(serve(model, enforce_eager=enforce_eager), reference)
+
+
+def test_graphs_have_the_bits_of_eager_steps(model: str) -> None:
+    assert token_ids(serve(model)) == token_ids(serve(model, enforce_eager=True))
+
+
+def test_chunks_preemption_and_padding_change_nothing_but_roundings(
+    model: str, reference: Reference
+) -> None:
+    # Eight requests that grow to 112 tokens at most, over room for four of those; steps of 24 tokens.
+    per_block = 2 * 4 * 2 * 64 * 16 * 2  # keys and values, layers, heads, head_dim, tokens, bytes
+    small = {"max_num_batched_tokens": 24, "kv_cache_memory_bytes": (4 * 7 + 1) * per_block}
+    check(serve(model, **small), reference)
+    check(serve(model, max_num_seqs=5, enable_prefix_caching=False), reference)
+
+
+def test_draws_of_every_kind_are_the_same_in_graphs(model: str) -> None:
+    kinds = [
+        GREEDY,
+        SamplingParams(max_tokens=30, seed=1),
+        SamplingParams(max_tokens=30, seed=2, top_k=5, temperature=0.7),
+        SamplingParams(max_tokens=30, seed=3, top_p=0.8),
+        SamplingParams(max_tokens=30, seed=4, min_p=0.1, n=2),
+        SamplingParams(max_tokens=30, temperature=0, repetition_penalty=1.3),
+        SamplingParams(max_tokens=30, temperature=0, min_tokens=20),
+        SamplingParams(max_tokens=30, temperature=0, logprobs=3),
+    ]
+    graphs, eager = serve(model, kinds, max_num_seqs=8), serve(model, kinds, enforce_eager=True)
+    assert token_ids(graphs) == token_ids(eager)
+    assert len(graphs[6].token_ids) >= 20
+    logprobs = graphs[7].outputs[0].logprobs
+    assert logprobs is not None
+    assert all(len(entry) >= 3 for entry in logprobs)
+
+
+def test_a_step_waits_for_nothing(model: str) -> None:
+    options = {"dtype": "bfloat16", "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    with LLM(model, device="cuda", **options) as llm:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        torch.cuda.set_sync_debug_mode(
+            "error"
+        )  # of events, which results are waited for by, it says nothing
+        try:
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_other_families_are_within_the_roundings(family: str, tmp_path: Path) -> None:
+    # A folder of its own to import from; on CPUs it holds these models to float32.
+    sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
+    from llama_reference import save_random_model
+
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 512}
+    if family != "qwen2":
+        shape["head_dim"] = 64
+    theirs = save_random_model(tmp_path, family=family, max_shard_size="1GB", **shape)
+    theirs.bfloat16().save_pretrained(tmp_path)  # for both the same numbers
+    check(serve(str(tmp_path)), Reference.of(str(tmp_path)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two or more CUDA GPUs")
+@pytest.mark.parametrize("all_reduce", ["nvrar", "torch", "symm-one-shot", "symm-two-shot"])
+def test_two_ranks_are_within_the_roundings(
+    all_reduce: str, model: str, reference: Reference
+) -> None:
+    check(serve(model, tensor_parallel_size=2, all_reduce=all_reduce), reference)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two or more CUDA GPUs")
+def test_all_reduces_are_exchanged_with_their_graphs(model: str, reference: Reference) -> None:
+    options = {"dtype": "bfloat16", "max_num_seqs": 8, "kv_cache_memory_bytes": 64 << 20}
+    with LLM(model, device="cuda", tensor_parallel_size=2, **options) as llm:
+        first = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        check(first, reference)
+        for name in ("torch", "nvrar"):
+            llm.use_all_reduce(name)
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+            check(outputs, reference)
+        assert token_ids(outputs) == token_ids(first)
