@@ -74,10 +74,8 @@ def llama_norm(weight: Tensor, eps: float) -> Any:
 CALLS: list[tuple[str, tuple[Any, ...], str]] = [
     ("linear", (randn(64, 30), randn(20, 30)), "linear"),
     ("linear", (randn(1, 30), randn(20, 30), randn(20)), "linear"),
-    ("linear", (randn(65, 30), randn(20, 30)), ""),
     ("linear_silu_and_mul", (randn(3, 30), randn(20, 30)), "linear_silu_and_mul"),
     ("linear_silu_and_mul", (randn(3, 30), randn(20, 30), randn(20)), "linear silu_and_mul"),
-    ("linear_silu_and_mul", (randn(99, 30), randn(20, 30)), "silu_and_mul"),
     ("rms_norm", (randn(5, 32), randn(32), 1e-5), "rms_norm"),
     ("rms_norm", (randn(5, 2, 32), randn(32), 1e-5), ""),
     ("add_rms_norm", (randn(5, 32), randn(5, 32).flip(0), randn(32), 1e-5), "add_rms_norm"),

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from yalis.device import has_kernels
 
-# A product with so few rows is bound by reading the weight; with more, cuBLAS is at its best.
-_FEW_ROWS = 64
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[num_tokens, num_in]` W^T + b: `[num_tokens, num_out]`."""
-    if _has_kernels(x) and len(x) <= _FEW_ROWS:
+    if _has_kernels(x):
         from yalis.kernels import linear as kernels
 
         return kernels.linear(x, weight, bias)
@@ -33,7 +30,7 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
         from yalis.kernels import activation
         from yalis.kernels import linear as kernels
 
-        if len(x) <= _FEW_ROWS and bias is None:
+        if bias is None:
             return kernels.linear_silu_and_mul(x, weight)
         return activation.silu_and_mul(linear(x, weight, bias))
     gate, up = linear(x, weight, bias).chunk(2, dim=-1)
