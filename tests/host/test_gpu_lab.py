@@ -16,7 +16,7 @@ from nvrar import MACHINES, Plan, Topology
 from nvrar.bench import Settings
 from nvrar.gpu import lab as gpu_lab
 from nvrar.gpu.jit import CompileError
-from nvrar.gpu.layout import LaunchShape, launch_shape
+from nvrar.gpu.layout import LaunchShape, Room, launch_shape
 from nvrar.table import Table, Trial
 from nvrar.testing import reference_all_reduce
 from nvrar.tuner import tune
@@ -43,7 +43,7 @@ class PretendedExecutor:
         if str(algorithm.plan) == "split:2" and algorithm.packets.name == "LL" and dist.get_rank():
             raise CompileError("too many registers\nand more")
         plan, packets = algorithm.plan, algorithm.packets
-        shape = launch_shape(plan, packets, num_bytes, 100, algorithm.shape)
+        shape = launch_shape(plan, packets, num_bytes, Room(lambda threads: 264), algorithm.shape)
         return SimpleNamespace(shape=shape, algorithm=algorithm, name=f"{plan} {packets.name}")
 
     def launch(self, prepared: Any, x: Tensor, out: Tensor) -> None:

@@ -159,13 +159,17 @@ def test_a_block_covers_its_row(row_bytes, word, packets):
     plan, rows = Plan.parse(word), layout.Rows(5, row_bytes)
     units = rows.units_of_row(plan, packets)
     assert units * layout.num_parts(plan) * packets.data_bytes >= row_bytes
-    for has_clusters, most_blocks in ((False, 3), (True, 3), (True, 1000), (False, 1000)):
-        shape = rows.launch_shape(plan, packets, most_blocks, has_clusters)
+    for has_clusters, resident in ((False, 8), (True, 8), (True, 264), (False, 264)):
+        room = layout.Room(lambda threads, resident=resident: resident * 512 // max(threads, 32))
+        shape = rows.launch_shape(plan, packets, room, has_clusters)
         assert shape.blocks % shape.cluster == 0
-        assert 1 <= shape.blocks <= most_blocks
+        assert 1 <= shape.blocks <= room.most_blocks(shape.threads)
         assert shape.cluster == 1 or (has_clusters and packets is LL128)
         assert shape.threads % 32 == 0
         assert 32 <= shape.threads <= layout.most_threads(plan)
+        if resident == 264:
+            assert shape.blocks == 5 * shape.cluster
+            assert units >= shape.cluster  # each block has one
     assert rows.shared_bytes(plan, packets) <= 48 << 10  # what a kernel has without asking
     assert rows.inbox_bytes(plan, packets) >= layout.inbox_bytes(plan, packets, 5 * row_bytes)
 

@@ -17,6 +17,7 @@ from nvrar.gpu.layout import (
     LL,
     LL128,
     LaunchShape,
+    Room,
     launch_shape,
     most_threads,
     shapes_worth_trying,
@@ -159,8 +160,12 @@ def test_a_measured_launch_reaches_the_kernel_as_far_as_it_fits() -> None:
     assert of("nvlink").of(65536) == Algorithm(SPLIT, LL128, LaunchShape(20, 256))
     assert of("peer").of(65536) == Algorithm(SPLIT, LL)  # lines may be torn there
     assert of("nvlink").largest()[Algorithm(SPLIT, LL128, LaunchShape(20, 256))] == 65536
-    assert launch_shape(SPLIT, LL128, 65536, 132, LaunchShape(20, 256)) == LaunchShape(20, 256)
-    assert launch_shape(SPLIT, LL128, 65536, 8, LaunchShape(20, 512)) == LaunchShape(8, 256)
+    assert launch_shape(
+        SPLIT, LL128, 65536, Room(lambda t: 264), LaunchShape(20, 256)
+    ) == LaunchShape(20, 256)
+    assert launch_shape(
+        SPLIT, LL128, 65536, Room(lambda t: 24), LaunchShape(20, 512)
+    ) == LaunchShape(9, 256)
 
 
 @pytest.mark.parametrize("packets", FORMATS.values(), ids=FORMATS)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nvrar.errors import ArgumentError
 from nvrar.gpu import heap, jit, kernel, layout
 from nvrar.gpu.algorithms import Algorithm
-from nvrar.gpu.layout import LaunchShape, Rows
+from nvrar.gpu.layout import LaunchShape, Room, Rows
 from nvrar.gpu.workspace import Workspace
 from nvrar.plan import Plan
 from nvrar.topology import Topology
@@ -152,9 +152,9 @@ class GpuExecutor:
         args, pointers = self._args(algorithm, text)
         kernel.fill_sum(args, plan, packets, dtype, op, num_bytes)
         whole, ragged = (self._function(algorithm, dtype, op, whole=w) for w in (True, False))
-        most = min(self._most_blocks(whole, plan), self._most_blocks(ragged, plan))
-        shape = layout.launch_shape(plan, packets, num_bytes, most, algorithm.shape)
-        self._let_overlap(args, shape, most)
+        room = self._room(whole, ragged)
+        shape = layout.launch_shape(plan, packets, num_bytes, room, algorithm.shape)
+        args.overlaps = self._overlaps and room.overlaps(shape)
         return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
 
     def has_room_for(self, rows: Rows, algorithm: Algorithm) -> bool:
@@ -177,9 +177,9 @@ class GpuExecutor:
         kernel.fill_rows(args, plan, packets, dtype, rows, eps)
         function = self._function(algorithm, dtype, "sum", rows=True)
         shared = rows.shared_bytes(plan, packets)
-        most = self._most_blocks(function, plan, shared)
-        shape = rows.launch_shape(plan, packets, most, has_clusters=self._is_hopper)
-        self._let_overlap(args, shape, most)
+        room = self._room(function, shared_bytes=shared)
+        shape = rows.launch_shape(plan, packets, room, has_clusters=self._is_hopper)
+        args.overlaps = self._overlaps and room.overlaps(shape)
         return Prepared(args, pointers, function, function, shape, packets.align_bytes, shared)
 
     def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
@@ -197,16 +197,11 @@ class GpuExecutor:
         self._workspace.fill(args, algorithm.plan, algorithm.packets)
         return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
-    def _most_blocks(self, function: kernel.Function, plan: Plan, shared_bytes: int = 0) -> int:
-        """Half of what a GPU can hold at once: blocks wait for peers, so two communicators on two streams
-        must both find room, in whatever order the ranks launch them."""
-        resident = function.resident_blocks(layout.most_threads(plan), shared_bytes)
-        return max(1, self._num_processors * resident // 2)
+    def _room(self, *functions: kernel.Function, shared_bytes: int = 0) -> Room:
+        def resident(threads: int) -> int:
+            return min(f.resident_blocks(threads, shared_bytes) for f in functions)
 
-    def _let_overlap(self, args: Any, shape: LaunchShape, most_blocks: int) -> None:
-        """Whether a launch may begin while the one before it ends, and the next while this one does. Then
-        the blocks of two take room at the same time."""
-        args.overlaps = self._overlaps and 2 * shape.blocks <= most_blocks
+        return Room(lambda threads: self._num_processors * resident(threads))
 
     def _function(
         self,

@@ -7,6 +7,7 @@ innermost parts of ``num_units`` units; a slot holds one unit as packets. An inb
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -72,27 +73,46 @@ def most_threads(plan: Plan) -> int:
     return 256 if num_parts(plan) > 1 else 512
 
 
+@dataclass(frozen=True)
+class Room:
+    """What launches of one communicator may take of a GPU. ``resident`` says how many blocks of so many
+    threads the GPU holds at once, of a kernel.
+
+    Blocks wait for peers, so two communicators on two streams must both find room, in whatever order the
+    ranks launch them: each takes three eighths at most. Launches that overlap take a quarter each, for then
+    two of one communicator are there. (Two halves were seen to block each other.)
+    """
+
+    resident: Callable[[int], int]
+
+    def most_blocks(self, threads: int) -> int:
+        return max(1, self.resident(threads) * 3 // 8)
+
+    def overlaps(self, shape: LaunchShape) -> bool:
+        """Whether the next launch may begin while this one ends."""
+        return 4 * shape.blocks <= self.resident(shape.threads)
+
+
 def launch_shape(
     plan: Plan,
     packets: Format,
     num_bytes: int,
-    most_blocks: int,
+    room: Room,
     wanted: LaunchShape | None = None,
 ) -> LaunchShape:
     """``wanted`` (a measured one) as far as it fits; else small blocks and many of them, so that a small
     message still uses many multiprocessors.
 
-    All blocks must be resident at once, because they wait for each other's peers: ``most_blocks`` of
-    :func:`most_threads`.
+    All blocks must be resident at once, because they wait for peers, and so have to fit the ``room``.
     """
     if wanted is not None:
         threads = min(wanted.threads, most_threads(plan))
-        return LaunchShape(max(1, min(most_blocks, wanted.blocks)), threads)
+        return LaunchShape(max(1, min(room.most_blocks(threads), wanted.blocks)), threads)
     needed = num_units(plan, packets, num_bytes) * packets.threads
     threads = 128
     while threads < most_threads(plan) and needed > threads * 64:
         threads *= 2
-    return LaunchShape(max(1, min(most_blocks, -(-needed // threads))), threads)
+    return LaunchShape(max(1, min(room.most_blocks(threads), -(-needed // threads))), threads)
 
 
 def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[LaunchShape, ...]:
@@ -136,22 +156,26 @@ class Rows:
         return 4 * (self.row_bytes // 8 + -(-self.row_bytes // LL128.data_bytes))
 
     def launch_shape(
-        self, plan: Plan, packets: Format, most_blocks: int, has_clusters: bool
+        self, plan: Plan, packets: Format, room: Room, has_clusters: bool
     ) -> LaunchShape:
         """A row's units over a cluster, where there are clusters and few rows: a multiprocessor is kept busy
         by the instructions of five warps as long as packets are under way."""
         units = self.units_of_row(plan, packets)
+        shape = self._shape(plan, packets, room, 1)
+        wider = shape
+        # More than five units a block, so that each has one.
+        while has_clusters and packets is LL128 and units > 5 * wider.cluster < 5 * _CLUSTER:
+            wider = self._shape(plan, packets, room, 2 * wider.cluster)
+            if wider.blocks < wider.cluster * self.num_rows or not room.overlaps(wider):
+                break
+            shape = wider
+        return shape
+
+    def _shape(self, plan: Plan, packets: Format, room: Room, cluster: int) -> LaunchShape:
+        units = self.units_of_row(plan, packets)
         most_units = most_threads(plan) // packets.threads
-        cluster = 1
-        while (
-            has_clusters
-            and packets is LL128
-            and units > 5 * cluster  # so that each block has one
-            and cluster < _CLUSTER
-            and 2 * cluster * self.num_rows <= most_blocks
-        ):
-            cluster *= 2
         turns = -(-units // (cluster * most_units))
         threads = -(-units // (cluster * turns)) * packets.threads
-        num_rows = max(1, min(most_blocks // cluster, self.num_rows))
-        return LaunchShape(num_rows * cluster, -(-threads // 32) * 32, cluster)
+        threads = -(-threads // 32) * 32
+        num_rows = max(1, min(room.most_blocks(threads) // cluster, self.num_rows))
+        return LaunchShape(num_rows * cluster, threads, cluster)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nvrar.errors import ArgumentError, PeerTimeout
 from nvrar.gpu import jit, kernel, layout
-from nvrar.gpu.layout import Format, LaunchShape, Rows
+from nvrar.gpu.layout import Format, LaunchShape, Room, Rows
 from nvrar.plan import Plan
 
 
@@ -105,10 +105,13 @@ class VirtualCluster:
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]
 
-    def _most_blocks(self, function: kernel.Function, shared_bytes: int = 0) -> int:
+    def _room(self, function: kernel.Function, shared_bytes: int = 0) -> Room:
         # All blocks of all ranks must be on the device at once: they wait for each other.
-        resident = function.resident_blocks(layout.most_threads(self.plan), shared_bytes)
-        return max(1, resident * self._num_processors // self.num_ranks)
+        def resident(threads: int) -> int:
+            blocks = function.resident_blocks(threads, shared_bytes)
+            return blocks * self._num_processors // self.num_ranks
+
+        return Room(resident)
 
     def prepare(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Call:
         """One all-reduce of these tensors, ready to launch as often as wanted."""
@@ -119,8 +122,8 @@ class VirtualCluster:
             kernel.fill_sum(args, self.plan, self.packets, self.dtype, self.op, x.nbytes)
             whole &= (args.in_ | args.out | args.num_bytes) % self.packets.align_bytes == 0
         function = self._function(whole=whole)
-        most = self._most_blocks(function)
-        shape = layout.launch_shape(self.plan, self.packets, inputs[0].nbytes, most)
+        room = self._room(function)
+        shape = layout.launch_shape(self.plan, self.packets, inputs[0].nbytes, room)
         return Call(self._packed_table(), function, shape)
 
     def prepare_rows(
@@ -144,8 +147,8 @@ class VirtualCluster:
             args.norm.weight = weight.data_ptr()
             kernel.fill_rows(args, self.plan, self.packets, self.dtype, rows, eps)
         function, shared = self._function(rows=True), rows.shared_bytes(self.plan, self.packets)
-        most = self._most_blocks(function, shared)
-        shape = rows.launch_shape(self.plan, self.packets, most, self._is_hopper)
+        room = self._room(function, shared)
+        shape = rows.launch_shape(self.plan, self.packets, room, self._is_hopper)
         return Call(self._packed_table(), function, shape, shared)
 
     def _check_room(self, inbox_bytes: int) -> None:
