@@ -80,7 +80,8 @@ class Update:
     """What one step added to one continuation.
 
     `text` is what has become certain and cannot be cut off by a stop string any more; the texts of all
-    updates join to the output's. `output` comes with the request's last update.
+    updates join to the output's, but for bytes that form no character. `output` comes with the request's
+    last update.
     """
 
     request_id: int

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 from yalis.errors import RequestError
 
-MAX_LOGPROBS = 20  # alternatives reported beside each token; vLLM's default bound
+MAX_LOGPROBS = (
+    20  # alternatives reported beside each token; this bound and the next are vLLM's defaults
+)
+MAX_N = 16384
 
 _SEED_BOUND = 2**63
 
@@ -89,8 +92,8 @@ class SamplingParams:
             raise RequestError(
                 f"logprobs is {self.logprobs!r}; give an integer from 0 to {MAX_LOGPROBS}, or None"
             )
-        if not _is_int(self.n) or self.n < 1:
-            raise RequestError(f"n is {self.n!r}; give an integer of at least 1")
+        if not _is_int(self.n) or not 1 <= self.n <= MAX_N:
+            raise RequestError(f"n is {self.n!r}; give an integer from 1 to {MAX_N}")
         if self.n > 1 and self.temperature == 0:
             raise RequestError(
                 f"n is {self.n} at temperature 0, where all continuations are the same; "

@@ -37,7 +37,7 @@ for all_reduce, num_nodes in (("nvrar", 2), ("torch", 1), ("nvrar", 1)):
         except RequestError as error:
             said.append(str(error))
 with LLM(model, tensor_parallel_size=2, all_reduce="torch", async_scheduling=True) as llm:
-    params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=2, logprobs=1)
+    params = SamplingParams(max_tokens=9, temperature=1.0, top_k=8, seed=3, n=2, logprobs=1)
     updates = list(llm.stream("Once", params))
     texts = ["".join(u.text for u in updates if u.index == index) for index in range(2)]
     assert texts == [one.text for one in updates[-1].output.outputs]
@@ -61,7 +61,7 @@ def check(model: str, folder: Path) -> None:
         greedy = [list(o.token_ids) for o in llm.generate(["Once", "x"], GREEDY)]
         params = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, ignore_eos=True)
         drawn = [list(o.token_ids) for o in llm.generate(["Once", "x"], params)]
-        params = SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=2, logprobs=1)
+        params = SamplingParams(max_tokens=9, temperature=1.0, top_k=8, seed=3, n=2, logprobs=1)
         outputs = llm.generate("Once", params)[0].outputs
         stream = [[o.text, [list(entry) for entry in o.logprobs or ()]] for o in outputs]
     for rank in range(2):
