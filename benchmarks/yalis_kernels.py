@@ -157,8 +157,12 @@ class Variant:
     product: str = "ours"  # or "cublas", "invariant"
     early: int = 0
     tile: Tile | None = None
+    in_triton: bool = False  # decode attention
     stages: int = 3
-    per_processor: int = 2
+    per_processor: int | None = None
+
+    def num_programs(self, num_kv_heads: int) -> int | None:
+        return self.per_processor and -(-self.per_processor * NUM_PROCESSORS // num_kv_heads)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.product == "cublas":
@@ -240,8 +244,8 @@ class Model:
                 out = torch.empty(q.shape, dtype=BF16, device=DEVICE)
                 decode.decode_attention(
                     q, cache[0], cache[1], self.tables, self.starts, self.lens, self.workspace, out,
-                    scale=shape.head_dim**-0.5, num_stages=variant.stages,
-                    num_programs=-(-variant.per_processor * NUM_PROCESSORS // shape.num_kv_heads),
+                    scale=shape.head_dim**-0.5, in_triton=variant.in_triton,
+                    num_stages=variant.stages, num_programs=variant.num_programs(shape.num_kv_heads),
                 )  # fmt: skip
             x = variant.linear(out.reshape(self.batch, -1), layer["o"])
             x, residual = add_rms_norm(x, residual, self.norm, 1e-5)
@@ -268,15 +272,15 @@ def steps(m: Model) -> Iterator[str]:
     first = None  # sequence 0 is the same in every batch
     base = {}
     variants = {
-        "cublas": Variant("cublas"),
+        "cublas": Variant("cublas", in_triton=True),
         "ours": Variant(),
         "invariant": Variant("invariant"),
         "early 16": Variant(early=16),
         "early 64": Variant(early=64),
         "early 999": Variant(early=999),
-        "attention 2 stages": Variant(stages=2),
-        "attention 1/SM": Variant(per_processor=1),
-        "attention 1/SM 2 stages": Variant(per_processor=1, stages=2),
+        "triton attention": Variant(in_triton=True),
+        "2 stages": Variant(in_triton=True, stages=2),
+        "1/SM 2 stages": Variant(in_triton=True, per_processor=1, stages=2),
     }
     for batch in (1, 8, 32):
         m.set_batch(batch, 256)
@@ -379,7 +383,7 @@ def show(tile: Tile) -> str:
 
 def attention_call(
     batch: int, context: int, shape: Shape
-) -> tuple[list[Callable[[int, int], None]], int]:
+) -> tuple[list[Callable[[int | None, int], None]], int]:
     num_bytes = 2 * 2 * batch * context * shape.num_kv_heads * shape.head_dim
     table_len = -(-context // BLOCK_SIZE)
     at = {"dtype": torch.int32, "device": DEVICE}
@@ -394,29 +398,39 @@ def attention_call(
     out = torch.empty_like(q)
     decode.plan_decode(starts, lens, workspace)
 
-    def call(copy: int, num_programs: int, num_stages: int) -> None:
+    def call(copy: int, num_programs: int | None, num_stages: int) -> None:
         decode.decode_attention(
             q, caches[copy, 0], caches[copy, 1], tables, starts, lens, workspace, out,
             scale=shape.head_dim**-0.5, num_programs=num_programs, num_stages=num_stages,
+            in_triton=num_stages > 0,
         )  # fmt: skip
 
     return [lambda n, s, c=c: call(c, n, s) for c in range(copies)], num_bytes
 
 
 def decodes() -> Iterator[str]:
-    """us of decode attention: length of a split / tile / programs for each multiprocessor / stages."""
+    """us of decode attention: length of a split / tile / programs for each multiprocessor / stages.
+
+    Stages 0 is the kernel in CUDA C++.
+    """
     before = decode.SPLIT, decode._TILE
     for batch, context in [(1, 256), (1, 4096), (32, 256), (32, 2048)]:
         cells = []
-        for split, tile in ((64, 64), (128, 64), (256, 64), (256, 128), (512, 64)):
+        for split, tile in ((64, 64), (128, 64), (256, 64), (256, 128), (512, 64), (1024, 64)):
             decode.SPLIT, decode._TILE = split, tile
             calls, num_bytes = attention_call(batch, context, LLAMA_8B)
+            us = time_us([lambda c=c: c(None, 0) for c in calls], 5)
+            cells.append((us, f"C++ {split} {us:.1f}"))
+            if split == 1024:
+                continue
             for per_processor, stages in ((1, 3), (2, 3), (2, 2), (4, 2)):
                 n = -(-per_processor * NUM_PROCESSORS // LLAMA_8B.num_kv_heads)
                 us = time_us([lambda c=c, n=n, s=stages: c(n, s) for c in calls], 5)
                 cells.append((us, f"{split}/{tile}/{per_processor}/{stages} {us:.1f}"))
         decode.SPLIT, decode._TILE = before
-        best = " ".join(cell for _, cell in sorted(cells)[:8])
+        best = ", ".join(
+            cell for i, (_, cell) in enumerate(sorted(cells)) if i < 6 or cell.startswith("C++")
+        )
         yield (
             f"{batch} x {context}: best {best}; worst {max(cells)[1]}"
             f"  (best {gbps(num_bytes, min(cells)[0])} GB/s)"

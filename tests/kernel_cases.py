@@ -157,6 +157,9 @@ def attentions(device: torch.device, dtype: torch.dtype) -> None:
         )
         out = torch.zeros(q.shape, dtype=dtype, device=device)
         attend(q, caches, tables, starts, lens, workspace, out)
+        in_triton = torch.zeros_like(out)
+        attend(q, caches, tables, starts, lens, workspace, in_triton, in_triton=True)
+        near(in_triton, out, units=16 if dtype == torch.float32 else 2, scale=0.5)
         # The weights are rounded to the type before they meet the values.
         near(out, expected, units=16 if dtype == torch.float32 else 2, scale=0.5)
         assert not workspace.tickets.any()
@@ -199,10 +202,14 @@ def attend(
     lens: Tensor,
     workspace: DecodeWorkspace,
     out: Tensor,
+    *,
+    in_triton: bool = False,
 ) -> None:
     scale = q.shape[-1] ** -0.5
     plan_decode(starts, lens, workspace)
-    decode_attention(q, *caches, tables, starts, lens, workspace, out, scale=scale)
+    decode_attention(
+        q, *caches, tables, starts, lens, workspace, out, scale=scale, in_triton=in_triton
+    )
     prefill_attention(q, *caches, tables, starts, lens, out, scale=scale)
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from yalis.kernels import warp_attention
 from yalis.kernels.launch import begin, launch_options, wait
 
 SPLIT = 256
@@ -80,6 +81,7 @@ def decode_attention(
     scale: float,
     num_programs: int | None = None,
     num_stages: int = 3,
+    in_triton: bool = False,
 ) -> None:
     """Write out for every sequence that has one new token, the last of its context; leave other rows alone.
 
@@ -87,8 +89,16 @@ def decode_attention(
     `[num_blocks, block_size, num_kv_heads, head_dim]` of equal strides, the last 1. block_tables
     `[num_seqs, max_num_blocks]` int32. query_starts `[num_seqs + 1]` int32: a sequence's first row in q;
     seq_lens `[num_seqs]` int32: its context with the new token, 0 for a sequence that is padding.
-    `plan_decode` comes before, on the same stream. Capturable.
+    `plan_decode` comes before, on the same stream. Capturable. `in_triton` asks for the kernel below even
+    where `warp_attention` has a faster one.
     """
+    if not in_triton and warp_attention.takes(q, key_cache, value_cache):
+        warp_attention.attend(
+            q, key_cache, value_cache, block_tables, query_starts, seq_lens,
+            workspace.split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
+            split=SPLIT, scale=scale, num_programs=num_programs,
+        )  # fmt: skip
+        return
     num_seqs = seq_lens.shape[0]
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = key_cache.shape[2]

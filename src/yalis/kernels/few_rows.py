@@ -9,27 +9,23 @@ row.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import logging
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvrar.gpu import jit
-from nvrar.gpu.kernel import Function
-from nvrar.gpu.layout import LaunchShape
-
-log = logging.getLogger("yalis")
+from yalis.kernels.compiled import (
+    ENTRY,
+    NUM_THREADS,
+    NUMBERS,
+    arch_of,
+    can_run,
+    launch,
+    num_processors,
+)
 
 MOST_ROWS = 16
-_CSRC = Path(__file__).parent / "csrc"
-_ENTRY = "yalis_few_rows"
-_NUMBERS = {torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-_NUM_WARPS = 8
+_NUM_WARPS = NUM_THREADS // 32
 # Two blocks and a kilobyte for each share the 228 KB of a multiprocessor, with room for a small kernel.
 _SHARED_BYTES = 104 << 10
 
@@ -54,7 +50,7 @@ class Spec:
     num_steps: int
     depth: int
     is_gated: bool
-    arch: str = "sm_90"
+    arch: str
 
     @property
     def shared_bytes(self) -> int:
@@ -68,11 +64,11 @@ class Spec:
         return "\n".join(
             [
                 '#include "few_rows.cuh"',
-                f"using Kernel = yalis::FewRows<yalis::{_NUMBERS[self.dtype]}, {numbers}, {gated}>;",
+                f"using Kernel = yalis::FewRows<yalis::{NUMBERS[self.dtype]}, {numbers}, {gated}>;",
                 f"static_assert(sizeof(yalis::Args) == {ctypes.sizeof(_Args)} && "
                 f'Kernel::kSharedBytes == {self.shared_bytes}, "kernels/few_rows.py counts differently");',
-                f'extern "C" __global__ void __launch_bounds__({32 * _NUM_WARPS}, 2)',
-                f"{_ENTRY}(const __grid_constant__ yalis::Args args) {{",
+                f'extern "C" __global__ void __launch_bounds__({NUM_THREADS}, 2)',
+                f"{ENTRY}(const __grid_constant__ yalis::Args args) {{",
                 "    extern __shared__ __align__(16) char shared[];",
                 "    Kernel(args, shared).run();",
                 "}",
@@ -101,27 +97,13 @@ class _Args(ctypes.Structure):
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is for this product: few rows of a 16-bit type, in reach of 16-byte copies."""
     return (
-        x.is_cuda
-        and 0 < x.shape[0] <= MOST_ROWS
-        and x.dtype in _NUMBERS
+        0 < x.shape[0] <= MOST_ROWS
+        and x.dtype in NUMBERS
         and weight.dtype == x.dtype
         and x.shape[1] > 0
         and all(_is_aligned(tensor) for tensor in (x, weight))
-        and _arch(x.device.index or 0) >= (9, 0)
-        and _has_compiler()
+        and can_run(x.device)
     )
-
-
-@lru_cache
-def _has_compiler() -> bool:
-    try:
-        return importlib.util.find_spec("cuda.core") is not None
-    except ModuleNotFoundError:
-        log.warning(
-            "cuda-core is not installed, so cuBLAS multiplies few rows, which is slower; "
-            "pip install 'nvrar[cu13]'"
-        )
-        return False
 
 
 def _is_aligned(matrix: Tensor) -> bool:
@@ -153,10 +135,9 @@ def multiply_few_rows(
     out = torch.empty((num_rows, num_results), dtype=x.dtype, device=x.device)
     if not num_results:
         return out
-    device_idx = x.device.index or 0
-    num_blocks = min(_num_processors(device_idx), num_results)
+    num_blocks = min(num_processors(x.device), num_results)
     tile = tile or choose_tile(num_rows)
-    spec = spec_of(x.dtype, num_rows, tile, is_gated=is_gated, arch=_arch(device_idx))
+    spec = spec_of(x.dtype, num_rows, tile, is_gated=is_gated, arch=arch_of(x.device))
     args = _Args(
         x.data_ptr(),
         weight.data_ptr(),
@@ -169,21 +150,14 @@ def multiply_few_rows(
         num_out,
         tile.num_early,
     )
-    function = _load(spec, device_idx)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    config = _config(function, num_blocks, stream, spec.shared_bytes)
-    pointer = ctypes.c_void_p(ctypes.addressof(args))
-    function.launch(config, ctypes.addressof(pointer))
+    launch(spec, args, x.device, num_blocks)
     return out
 
 
-def spec_of(
-    dtype: torch.dtype, num_rows: int, tile: Tile, *, is_gated: bool, arch: tuple[int, int]
-) -> Spec:
+def spec_of(dtype: torch.dtype, num_rows: int, tile: Tile, *, is_gated: bool, arch: str) -> Spec:
     """The kernel that a product with so many rows and this tile needs."""
     room = 1 << (num_rows - 1).bit_length()
-    name = f"sm_{arch[0]}{arch[1]}"
-    return Spec(dtype, room, tile.num_tiles, tile.num_steps, tile.depth, is_gated, name)
+    return Spec(dtype, room, tile.num_tiles, tile.num_steps, tile.depth, is_gated, arch)
 
 
 def choose_tile(num_rows: int) -> Tile:
@@ -201,47 +175,3 @@ def _item_bytes(num_rows: int, num_tiles: int, num_steps: int) -> int:
 
 def _sum_bytes(num_rows: int, num_tiles: int) -> int:
     return _NUM_WARPS * num_rows * num_tiles * 16 * 4
-
-
-def cubin(spec: Spec) -> bytes:
-    """The machine code for `spec`, from the disk cache if it is there. Needs no GPU."""
-    return jit.cubin_of_source("yalis's product of few rows", spec.source(), spec.arch, _CSRC)
-
-
-def build(spec: Spec) -> jit.Built:
-    """The same, compiled anew, and what it takes of a multiprocessor."""
-    return jit.build_source("yalis's product of few rows", spec.source(), spec.arch, _CSRC)
-
-
-@lru_cache
-def _load(spec: Spec, device_idx: int) -> Function:
-    from cuda.core import ObjectCode
-
-    library = ObjectCode.from_cubin(cubin(spec), name=_ENTRY)
-    function = _Loaded(library)
-    function.take_shared(device_idx, spec.shared_bytes)
-    return function
-
-
-class _Loaded(Function):
-    """A kernel that keeps its library, whose end would unload it."""
-
-    def __init__(self, library: Any) -> None:
-        super().__init__(int(library.get_kernel(_ENTRY).handle))
-        self._library = library
-
-
-@lru_cache(maxsize=1024)
-def _config(function: Function, num_blocks: int, stream: int, shared_bytes: int) -> Any:
-    shape = LaunchShape(num_blocks, 32 * _NUM_WARPS)
-    return function.config(shape, stream, overlaps=True, shared_bytes=shared_bytes)
-
-
-@lru_cache
-def _num_processors(device_idx: int) -> int:
-    return int(torch.cuda.get_device_properties(device_idx).multi_processor_count)
-
-
-@lru_cache
-def _arch(device_idx: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_idx)

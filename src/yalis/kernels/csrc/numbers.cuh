@@ -8,6 +8,8 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+inline float infinity() { return __uint_as_float(0x7f800000); }
+
 struct BFloat16 {
     static float widen(u16 bits) { return __uint_as_float(u32(bits) << 16); }
     static u16 narrow(float value) {

@@ -45,6 +45,19 @@ inline Vector load_16_bytes(u32 from) {
     return v;
 }
 
+// Of memory that this kernel may write: not by the path for constants.
+inline Vector load_global(const char* from) {
+    Vector v;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.part[0]), "=r"(v.part[1]), "=r"(v.part[2]), "=r"(v.part[3])
+                 : "l"(from));
+    return v;
+}
+
+// The low, and the high, 16 bits of both, the first's below.
+inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
+inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
+
 // Both a multiple of 16 bytes.
 inline void fetch_into_l2(const char* from, u32 num_bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one new token per sequence over a paged cache: decode_attention.py says what is split how.
+//
+// A block takes a split of one sequence and one key-value head, 256 tokens at a time, 32 for each warp. Keys
+// and values go from memory straight into fragments of the tensor core, all of a warp's at once. As in
+// few_rows.cuh a thread takes 8 neighbouring dimensions, of queries as of keys, which permutes the terms of a
+// sum; of values it takes them for two neighbouring tokens, which permutes the rows of the result.
+#pragma once
+
+#include "numbers.cuh"
+#include "ptx.cuh"
+
+namespace yalis {
+
+constexpr u32 kTokens = 32;  // of a warp
+constexpr u32 kAttentionWarps = 8;
+constexpr u32 kRound = kTokens * kAttentionWarps;
+constexpr u32 kThreads = 32 * kAttentionWarps;
+
+struct AttentionArgs {
+    const char *q, *keys, *values;
+    const int *block_tables, *query_starts, *seq_lens, *split_starts;
+    int* tickets;
+    float *sums, *norms;
+    u16* out;
+    u64 q_stride, token_stride, head_stride, table_stride;  // bytes; of the table in entries
+    u32 num_seqs, num_kv_heads, block_size, split;
+    float scale;  // of scores, times log2(e)
+};
+
+template <class Number, int kHeadDim, int kGroup>
+struct DecodeAttention {
+    static constexpr int kSteps = kHeadDim / 32, kHalves = kHeadDim / 64;
+    static_assert(kHeadDim % 64 == 0 && kGroup <= 8);
+
+    struct Shared {
+        float totals[kAttentionWarps][kGroup][kHeadDim];
+        float peaks[kAttentionWarps][8], norms[kAttentionWarps][8];
+        int first_split, num_splits, seq, row, len;
+        bool is_last;
+    };
+
+    // Of one warp: the values' sum for dimensions 64 h + 8 group + 2 i (and the next) of heads 2 member (and
+    // the next); greatest score and sum of exponentials of head `group`.
+    struct Partial {
+        float total[kHalves][4][4] = {};
+        float peak = -infinity(), norm = 0;
+    };
+
+    const AttentionArgs& args;
+    Shared& shared;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 group = lane / 4, member = lane % 4;
+    const u32 kv_head = blockIdx.x;
+
+    DecodeAttention(const AttentionArgs& args, Shared& shared) : args(args), shared(shared) {}
+
+    // Which sequence has this split: the thread that finds it tells all.
+    void find(int split) const {
+        for (u32 i = threadIdx.x; i < args.num_seqs; i += kThreads) {
+            const int start = args.split_starts[i], next = args.split_starts[i + 1];
+            const int row = args.query_starts[i], len = args.seq_lens[i];
+            if (start > split || split >= next) continue;
+            shared.first_split = start;
+            shared.num_splits = next - start;
+            shared.seq = i;
+            shared.row = row;
+            shared.len = len;
+        }
+        __syncthreads();
+    }
+
+    void attend(Partial& part, const Vector (&q)[kSteps], u32 begin, u32 end) const {
+        const int* table = args.block_tables + shared.seq * args.table_stride;
+        for (u32 base = begin + warp * kTokens; base < end; base += kRound) {
+            const u32 mine = base + lane;
+            const u32 slot =
+                mine < end ? table[mine / args.block_size] * args.block_size + mine % args.block_size : 0;
+            Vector key[4][kSteps] = {};
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) {
+                const u32 token = tile * 8 + group;
+                const char* from =
+                    args.keys + at_slot(__shfl_sync(0xffffffff, slot, token)) + kv_head * args.head_stride;
+                if (base + token < end)
+#pragma unroll
+                    for (int step = 0; step < kSteps; step++)
+                        key[tile][step] = load_global(from + step * 64 + member * 16);
+            }
+            Vector value[2][kHalves][4] = {};  // 16 tokens, of which a thread has four
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const u32 token = pair * 16 + member * 2 + i % 2 + i / 2 * 8;
+                    const char* from = args.values + at_slot(__shfl_sync(0xffffffff, slot, token)) +
+                                       kv_head * args.head_stride;
+                    if (base + token < end)
+#pragma unroll
+                        for (int half = 0; half < kHalves; half++)
+                            value[pair][half][i] = load_global(from + half * 128 + group * 16);
+                }
+
+            float score[4][4] = {};
+            float peak = part.peak;
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) {
+#pragma unroll
+                for (int step = 0; step < kSteps; step++) {
+                    const u32(&a)[4] = q[step].part;
+                    const u32(&b)[4] = key[tile][step].part;
+                    Number::multiply(score[tile], a[0], 0, a[1], 0, b[0], b[1]);
+                    Number::multiply(score[tile], a[2], 0, a[3], 0, b[2], b[3]);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const bool is_there = base + tile * 8 + member * 2 + i < end;
+                    score[tile][i] = is_there ? score[tile][i] * args.scale : -infinity();
+                    peak = fmaxf(peak, score[tile][i]);
+                }
+            }
+            peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 1));
+            peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 2));
+            const float shrink = exp2f(part.peak - peak);
+            part.peak = peak;
+            float norm = 0;
+            u32 weight[4];
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) {
+                const float first = exp2f(score[tile][0] - peak), second = exp2f(score[tile][1] - peak);
+                norm += first + second;
+                weight[tile] = u32(Number::narrow(second)) << 16 | Number::narrow(first);
+            }
+            norm += __shfl_xor_sync(0xffffffff, norm, 1);
+            norm += __shfl_xor_sync(0xffffffff, norm, 2);
+            part.norm = part.norm * shrink + norm;
+
+            const float shrinks[2] = {__shfl_sync(0xffffffff, shrink, member * 8),
+                                      __shfl_sync(0xffffffff, shrink, member * 8 + 4)};
+#pragma unroll
+            for (int half = 0; half < kHalves; half++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float (&total)[4] = part.total[half][i];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) total[j] *= shrinks[j % 2];
+#pragma unroll
+                    for (int pair = 0; pair < 2; pair++) {
+                        const Vector(&v)[4] = value[pair][half];
+                        Number::multiply(
+                            total, low_halves(v[0].part[i], v[1].part[i]),
+                            high_halves(v[0].part[i], v[1].part[i]), low_halves(v[2].part[i], v[3].part[i]),
+                            high_halves(v[2].part[i], v[3].part[i]), weight[pair * 2], weight[pair * 2 + 1]);
+                    }
+                }
+        }
+    }
+
+    u64 at_slot(u32 slot) const { return slot * args.token_stride; }
+
+    void keep(const Partial& part) const {
+        if (member == 0) shared.peaks[warp][group] = part.peak, shared.norms[warp][group] = part.norm;
+#pragma unroll
+        for (int half = 0; half < kHalves; half++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const u32 head = member * 2 + j % 2;
+                    if (head < kGroup)
+                        shared.totals[warp][head][half * 64 + group * 8 + i * 2 + j / 2] =
+                            part.total[half][i][j];
+                }
+    }
+
+    void store(u32 head, u32 dim, float value) const {
+        const u64 row = u64(shared.row) * args.num_kv_heads * kGroup + kv_head * kGroup + head;
+        args.out[row * kHeadDim + dim] = Number::narrow(value);
+    }
+
+    // Adds what the warps have, in order: to the result, or to what the last split's block will add.
+    void merge_warps(int split) const {
+        for (u32 i = threadIdx.x; i < kGroup * kHeadDim; i += kThreads) {
+            const u32 head = i / kHeadDim, dim = i % kHeadDim;
+            float peak = -infinity(), norm = 0, total = 0;
+#pragma unroll
+            for (u32 w = 0; w < kAttentionWarps; w++) peak = fmaxf(peak, shared.peaks[w][head]);
+#pragma unroll
+            for (u32 w = 0; w < kAttentionWarps; w++) {
+                const float share = exp2f(shared.peaks[w][head] - peak);
+                norm += shared.norms[w][head] * share;
+                total += shared.totals[w][head][dim] * share;
+            }
+            if (shared.num_splits == 1) {
+                store(head, dim, total / norm);
+                continue;
+            }
+            const u64 at = (u64(split) * args.num_kv_heads + kv_head) * kGroup + head;
+            args.sums[at * kHeadDim + dim] = total;
+            if (dim == 0) args.norms[at * 2] = peak, args.norms[at * 2 + 1] = norm;
+        }
+    }
+
+    void merge_splits() const {
+        for (u32 i = threadIdx.x; i < kGroup * kHeadDim; i += kThreads) {
+            const u32 head = i / kHeadDim, dim = i % kHeadDim;
+            float peak = -infinity(), norm = 0, total = 0;
+#pragma unroll 4
+            for (int split = 0; split < shared.num_splits; split++) {
+                const u64 at =
+                    (u64(shared.first_split + split) * args.num_kv_heads + kv_head) * kGroup + head;
+                const float split_peak = __ldcg(args.norms + at * 2),
+                            split_norm = __ldcg(args.norms + at * 2 + 1);
+                const float split_total = __ldcg(args.sums + at * kHeadDim + dim);
+                const float new_peak = fmaxf(peak, split_peak);
+                const float shrink = exp2f(peak - new_peak), share = exp2f(split_peak - new_peak);
+                norm = norm * shrink + split_norm * share;
+                total = total * shrink + split_total * share;
+                peak = new_peak;
+            }
+            store(head, dim, total / norm);
+        }
+    }
+
+    // Whether all other splits of this sequence and head are done, and their sums to be seen.
+    bool is_last() const {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int* ticket = args.tickets + shared.seq * args.num_kv_heads + kv_head;
+            shared.is_last = atomicAdd(ticket, 1) == shared.num_splits - 1;
+            if (shared.is_last) *ticket = 0;
+            __threadfence();
+        }
+        __syncthreads();
+        return shared.is_last;
+    }
+
+    void run() const {
+        let_next_start();
+        wait_for_previous();
+        const int num_all_splits = args.split_starts[args.num_seqs];
+        for (int split = blockIdx.y; split < num_all_splits; split += gridDim.y) {
+            find(split);
+            const u32 begin = (split - shared.first_split) * args.split;
+            const u32 end = min(begin + args.split, u32(shared.len));
+            const char* from =
+                args.q + shared.row * args.q_stride + (kv_head * kGroup + group) * kHeadDim * 2;
+            Vector q[kSteps] = {};
+            if (group < kGroup)
+#pragma unroll
+                for (int step = 0; step < kSteps; step++)
+                    q[step] = load_global(from + step * 64 + member * 16);
+            Partial part;
+            attend(part, q, begin, end);
+            keep(part);
+            __syncthreads();
+            merge_warps(split);
+            if (shared.num_splits > 1 && is_last()) merge_splits();
+            __syncthreads();  // before another split is found
+        }
+    }
+};
+
+}  // namespace yalis
