@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from yalis.core import INVALID_TOKEN, Admission, Batch, RowLogprobs, StepResult
+from yalis.layers.vocabulary import VocabularyHead
 from yalis.parallel.group import TensorParallel
-from yalis.sampler import Logprobs, Sampled, Sampler, draw_likeliest
+from yalis.sampler import Logprobs, Sampler
 from yalis.sampling_params import Draw
 from yalis.staging import Download
 
@@ -27,12 +28,19 @@ class Drawn:
 
 
 class Drawing:
-    """Rank 0 draws, for it alone has the logits; then all have the tokens. Keeps by slot how to draw."""
+    """Keeps by slot how to draw. The likeliest tokens all ranks find together; for the rest rank 0 gathers
+    the logits and draws, and the others are told.
+    """
 
     def __init__(
-        self, tp: TensorParallel, max_num_seqs: int, vocab_size: int, device: torch.device
+        self,
+        tp: TensorParallel,
+        head: VocabularyHead,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
-        self._tp, self._device = tp, device
+        self._tp, self._head, self._device = tp, head, device
         self._sampler = Sampler(max_num_seqs, vocab_size, device)
         self._slots: dict[int, Admission] = {}
         self._particular: set[int] = set()  # slots that want more than the likeliest token
@@ -52,28 +60,30 @@ class Drawing:
         """Whether `draw_likeliest` is all that this batch asks for."""
         return self._particular.isdisjoint(batch.slots)
 
-    def draw_likeliest(self, logits: Tensor | None, num_rows: int) -> Tensor:
-        """The likeliest token of each row, `[num_rows]` as `Drawn.token_ids`. Collective, capturable."""
-        return self._shared(None if logits is None else draw_likeliest(logits), num_rows)
+    def draw_likeliest(self, share: Tensor) -> Tensor:
+        """The likeliest token of each row, `[n]` as `Drawn.token_ids`. Collective, capturable."""
+        token_ids, is_finite = self._head.likeliest(share)
+        return token_ids.masked_fill(~is_finite, INVALID_TOKEN)
 
-    def draw(self, batch: Batch, logits: Tensor | None) -> Drawn:
-        """Draw for the batch's drawing rows, of which rank 0 brings the logits. Collective."""
-        if not batch.num_draws:
+    def draw(self, batch: Batch, share: Tensor | None) -> Drawn:
+        """Draw for the batch's drawing rows, of whose logits every rank brings its share; None if there are
+        no such rows. Collective.
+        """
+        if share is None:
             return Drawn(torch.empty(0, dtype=torch.int64, device=self._device))
+        if self.is_plain(batch):
+            return Drawn(self.draw_likeliest(share))
         draws = self._draws(batch)
-        sampled = None if logits is None else self._sampler.sample(logits, draws)
         wants_logprobs = any(draw.params.logprobs is not None for draw in draws)
-        token_ids = self._shared(sampled, len(draws))
-        return Drawn(token_ids, wants_logprobs, sampled.logprobs if sampled else None)
-
-    def _shared(self, sampled: Sampled | None, num_rows: int) -> Tensor:
-        """Rank 0's tokens on every rank."""
-        if sampled is None:
-            token_ids = torch.empty(num_rows, dtype=torch.int64, device=self._device)
-        else:
-            token_ids = sampled.token_ids.masked_fill(~sampled.is_finite, INVALID_TOKEN)
+        logits = self._head.gather(share)
+        if logits is None:
+            token_ids = torch.empty(len(draws), dtype=torch.int64, device=self._device)
+            self._tp.broadcast(token_ids)
+            return Drawn(token_ids, wants_logprobs)
+        sampled = self._sampler.sample(logits, draws)
+        token_ids = sampled.token_ids.masked_fill(~sampled.is_finite, INVALID_TOKEN)
         self._tp.broadcast(token_ids)
-        return token_ids
+        return Drawn(token_ids, wants_logprobs, sampled.logprobs)
 
     def _draws(self, batch: Batch) -> list[Draw]:
         lengths = list(map(int.__add__, batch.num_cached, (1,) * batch.num_decodes + batch.num_new))

@@ -29,10 +29,10 @@ from yalis.weights.loader import Progress, WeightSource, check_weights, load_wei
 
 @dataclass(frozen=True)
 class Decoded:
-    """Of each row of a step of decodes: the likeliest token, and on rank 0 the logits `[num_rows, vocab]`."""
+    """Of each row of a step of decodes: the likeliest token, and this rank's share of the logits."""
 
     token_ids: Tensor
-    logits: Tensor | None
+    share: Tensor
 
 
 class Runner:
@@ -63,7 +63,9 @@ class Runner:
         num_bytes = tp.minimum(cache_bytes(options, device, self._warm_up), device)
         self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
         self._attention, self._inputs = self._make_cache(self.num_blocks)
-        self._drawing = Drawing(tp, options.max_num_seqs, config.vocab_size, device)
+        self._drawing = Drawing(
+            tp, self.model.lm_head, options.max_num_seqs, config.vocab_size, device
+        )
         self._graphs_by_all_reduce: dict[str, DecodeGraphs[Decoded]] = {}
         self._graphs = self._captured(options.all_reduce, on_progress)
 
@@ -83,19 +85,19 @@ class Runner:
         with self._trace("forward"):
             inputs = self._inputs.assemble(uploaded)
             hidden = self._forward(inputs)
-            logits = self._logits(hidden, inputs) if batch.num_draws else None
+            share = self._share(hidden, inputs) if batch.num_draws else None
         with self._trace("sample"):
-            drawn = self._drawing.draw(batch, logits)
+            drawn = self._drawing.draw(batch, share)
             self._inputs.remember(inputs.drawing_slots, drawn.token_ids)
             return PendingStep(drawn)
 
     def decode(self, uploaded: Uploaded) -> Decoded:
         """A step of decodes only, that draws the likeliest tokens: device work alone, to be captured."""
         inputs = self._inputs.assemble(uploaded)
-        logits = self._logits(self._forward(inputs), inputs)
-        token_ids = self._drawing.draw_likeliest(logits, uploaded.num_decodes)
+        share = self._share(self._forward(inputs), inputs)
+        token_ids = self._drawing.draw_likeliest(share)
         self._inputs.remember(inputs.drawing_slots, token_ids)
-        return Decoded(token_ids, logits)
+        return Decoded(token_ids, share)
 
     def _finish(self, batch: Batch, uploaded: Uploaded, decoded: Decoded) -> PendingStep:
         """The result of a padded step of decodes."""
@@ -103,8 +105,7 @@ class Runner:
         with self._trace("sample"):
             if self._drawing.is_plain(batch):
                 return PendingStep(Drawn(decoded.token_ids[:num_seqs]))
-            logits = None if decoded.logits is None else decoded.logits[:num_seqs]
-            drawn = self._drawing.draw(batch, logits)
+            drawn = self._drawing.draw(batch, decoded.share[:num_seqs])
             self._inputs.remember(uploaded.drawing_slots[:num_seqs], drawn.token_ids)
             return PendingStep(drawn)
 
@@ -131,10 +132,12 @@ class Runner:
         hidden: Tensor = self.model(inputs.token_ids, inputs.positions, attend)
         return hidden
 
-    def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor | None:
+    def _share(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
+        """This rank's share of the logits of the rows that draw."""
         if inputs.drawing_rows is not None:
             hidden = hidden.index_select(0, inputs.drawing_rows)
-        return self.model.compute_logits(hidden)
+        share: Tensor = self.model.lm_head(hidden)
+        return share
 
     @torch.inference_mode()
     def _captured(
@@ -183,7 +186,8 @@ class Runner:
         self._attention, self._inputs = self._make_cache(1)
         batch = largest_batch(self._options, self._options.resolved_max_model_len(self._config))
         hidden = self.forward(batch)
-        self.model.compute_logits(hidden[: self._options.max_num_seqs])
+        head = self.model.lm_head
+        head.gather(head(hidden[: self._options.max_num_seqs]))
         del self._attention, self._inputs
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from yalis.filters import draw_by_weight, num_to_rank, token_weights
+from yalis.layers.functional import are_finite, likeliest
 from yalis.penalties import Penalties
 from yalis.sampling_params import Draw
 
@@ -66,8 +67,8 @@ class Sampler:
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> Sampled:
         """Row i of the `[n, vocab]` logits drawn as `draws[i]` says. The logits stay as they are."""
-        likeliest = draw_likeliest(logits)
-        token_ids, is_finite = likeliest.token_ids, likeliest.is_finite
+        token_ids, highest, lowest = likeliest(logits)
+        is_finite = are_finite(highest, lowest)
         penalised, banned = _penalised(draws), _banned(draws)
         portions = _portions(draws, logits.shape[-1])
         if not (penalised or banned or portions):
@@ -90,12 +91,6 @@ class Sampler:
         if penalised:
             self._penalties.add(on_device[0], token_ids)
         return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
-
-
-def draw_likeliest(logits: Tensor) -> Sampled:
-    """Each row's likeliest token. Can be captured in a CUDA graph."""
-    highest, token_ids = logits.max(dim=-1)
-    return Sampled(token_ids, highest.isfinite() & logits.amin(dim=-1).isfinite())
 
 
 def _penalised(draws: Sequence[Draw]) -> Table:
@@ -126,9 +121,8 @@ def _portions(draws: Sequence[Draw], vocab_size: int) -> list[tuple[int, Table]]
     def need(row: tuple[float, ...]) -> int:
         return num_to_rank(int(row[4]), row[5], vocab_size)
 
-    def kind(
-        row: tuple[float, ...],
-    ) -> int:  # one row that ranks all must not make the others do so
+    def kind(row: tuple[float, ...]) -> int:
+        # One row that ranks the whole vocabulary must not make the others do so.
         return (need(row) > 0) + (need(row) == vocab_size)
 
     most = max(1, _PORTION // vocab_size)

@@ -71,7 +71,8 @@ def make_batch(token_ids: list[list[int]], num_cached: list[int], slots: list[in
 def all_logits(runner: Runner, batch: Batch) -> torch.Tensor:
     """`[num_tokens, vocab]`: the logits after every token of the batch."""
     with torch.inference_mode():
-        logits = runner.model.compute_logits(runner.forward(batch))
+        head = runner.model.lm_head
+        logits = head.gather(head(runner.forward(batch)))
     assert logits is not None
     return logits
 

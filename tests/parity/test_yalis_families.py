@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,9 @@ from llama_reference import reference_logits, save_random_model
 from torch import Tensor
 
 from plain_attention import attend
+from thread_ranks import on_ranks
 from yalis.config import ModelConfig
 from yalis.models.decoder import CausalLM
-from yalis.parallel.all_reduce import AllReduce
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.loader import load_weights
@@ -48,46 +45,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-class Meeting:
-    """Where ranks that are threads leave what each has, and find what all have."""
-
-    def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=60)
-        self._parts: list[Any] = [None] * size
-
-    def exchange(self, rank: int, part: Any) -> list[Any]:
-        self._parts[rank] = part
-        self._barrier.wait()
-        parts = list(self._parts)
-        self._barrier.wait()
-        return parts
-
-
-class ThreadAllReduce(AllReduce):
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting, self._rank = meeting, rank
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.stack(self._meeting.exchange(self._rank, x)).sum(dim=0)
-
-
-@dataclass(frozen=True)
-class ThreadParallel(TensorParallel):
-    meeting: Meeting | None = None
-
-    def gather(self, x: Tensor) -> Tensor | None:
-        assert self.meeting is not None
-        parts = self.meeting.exchange(self.rank, x)
-        return torch.cat(parts, dim=-1) if self.rank == 0 else None
-
-
 @torch.inference_mode()
-def rank_logits(folder: Path, tp: TensorParallel, token_ids: list[int]) -> Tensor | None:
+def run_rank(
+    folder: Path, tp: TensorParallel, token_ids: list[int]
+) -> tuple[Tensor | None, Tensor]:
+    """The logits after every token, on rank 0, and the likeliest tokens."""
     config = ModelConfig.from_folder(folder)
     model = CausalLM(config, Placement(tp, torch.float32, torch.device("cpu")))
     load_weights(model, Checkpoint(folder))
     ids = torch.tensor(token_ids)
-    return model.compute_logits(model(ids, torch.arange(len(ids)), attend))
+    share = model.lm_head(model(ids, torch.arange(len(ids)), attend))
+    logits = model.lm_head.gather(share)
+    token_ids, is_finite = model.lm_head.likeliest(share)
+    assert is_finite.all()
+    return logits, token_ids
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -100,14 +71,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name: str, tmp_path:
     assert len(text) == 124
     want = reference_logits(model, text)
     for size in (1, 2, 4):
-        meeting = Meeting(size)
-        ranks = [
-            ThreadParallel(rank, size, ThreadAllReduce(meeting, rank), meeting=meeting)
-            for rank in range(size)
-        ]
-        with ThreadPoolExecutor(size) as pool:
-            results = list(pool.map(lambda tp: rank_logits(tmp_path, tp, text), ranks))
-        assert results[1:] == [None] * (size - 1)
-        torch.testing.assert_close(results[0], want, atol=1e-4, rtol=0)
-        assert results[0] is not None
-        assert results[0][59:-1].argmax(dim=-1).tolist() == text[60:]
+        results = on_ranks(size, lambda tp: run_rank(tmp_path, tp, text))
+        (logits, _), *others = results
+        assert all(theirs is None for theirs, _ in others)
+        torch.testing.assert_close(logits, want, atol=1e-4, rtol=0)
+        for _, token_ids in results:
+            assert token_ids[59:-1].tolist() == text[60:]

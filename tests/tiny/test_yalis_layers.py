@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from thread_ranks import on_ranks
 from yalis.layers import functional
+from yalis.layers.vocabulary import VocabularyHead
 from yalis.parallel.all_reduce import NoAllReduce
+from yalis.parallel.group import Placement, TensorParallel
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -96,3 +99,38 @@ def test_a_gpu_asks_its_kernels_for_what_torch_computes(
     monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
     torch.testing.assert_close(getattr(functional, name)(*args), want)
     assert calls == kernels.split()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "vocab_size", [5, 64, 67]
+)  # 5 leaves the last of 4 ranks nothing but padding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_find_the_likeliest_token_together(
+    size: int, vocab_size: int, dtype: torch.dtype
+) -> None:
+    logits = randn(60, vocab_size, dtype=torch.float32).round(decimals=1)
+    logits[:20] -= 50  # the padding's zeros would win
+    logits[20:30, 1] = logits[20:30, -1] = 90  # the first of equals
+    logits = logits.to(dtype)
+    bad = torch.zeros(60, dtype=torch.bool)
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf) * 2, start=40):
+        logits[row, 0 if row < 43 else -1] = value
+        bad[row] = True
+
+    def run(tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor | None]:
+        head = VocabularyHead(vocab_size, 8, Placement(tp, dtype, torch.device("cpu")))
+        [part] = head.weight_parts("lm_head")
+        mine = logits[:, part.region[0]]
+        share = torch.zeros(60, len(head.weight), dtype=dtype)  # as the padding's weights make it
+        share[:, : mine.shape[1]] = mine
+        return (*head.likeliest(share), head.gather(share))
+
+    results = on_ranks(size, run)
+    for token_ids, is_finite, _ in results:
+        assert torch.equal(is_finite, ~bad)
+        assert torch.equal(token_ids[~bad], logits.float().argmax(dim=1)[~bad])
+        assert ((token_ids >= 0) & (token_ids < vocab_size)).all()
+    gathered = results[0][2]
+    assert gathered is not None
+    torch.testing.assert_close(gathered, logits, equal_nan=True)

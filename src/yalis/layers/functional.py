@@ -81,6 +81,17 @@ def prepare_heads(
     return _turn(q, cos, sin), _turn(k, cos, sin)
 
 
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of `[n, vocab]`: the first token (int64) of the highest logit, that logit, the lowest."""
+    highest, token_ids = logits.max(dim=-1)
+    return token_ids, highest.float(), logits.amin(dim=-1).float()
+
+
+def are_finite(highest: Tensor, lowest: Tensor) -> Tensor:
+    """Whether all numbers between are, by the two of `likeliest`: a NaN among them is both."""
+    return (highest - lowest) < torch.inf
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

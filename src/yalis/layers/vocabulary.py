@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yalis.layers.functional import linear
+from yalis.layers.functional import are_finite, likeliest, linear
 from yalis.parallel.group import Placement
 from yalis.parallel.split import padded_split
 from yalis.weights.loader import WeightPart
@@ -46,10 +47,7 @@ class VocabularyEmbedding(_VocabularyShard):
 
 
 class VocabularyHead(_VocabularyShard):
-    """`[n, hidden]` to `[n, vocab_size]` logits on rank 0, None elsewhere. Collective.
-
-    Gathered to one rank only: one rank draws the token, so no two can ever disagree about it.
-    """
+    """`[n, hidden]` to `[n, width]`: this rank's share of the logits, padded to the ranks' common width."""
 
     _is_tied = False
 
@@ -58,9 +56,38 @@ class VocabularyHead(_VocabularyShard):
         self.weight = embedding.weight
         self._is_tied = True
 
-    def forward(self, hidden: Tensor) -> Tensor | None:
-        logits = self._tp.gather(linear(hidden, self.weight))
+    def forward(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weight)
+
+    def gather(self, share: Tensor) -> Tensor | None:
+        """All logits, `[n, vocab_size]`, on rank 0; None elsewhere. Collective.
+
+        To one rank only: one draws at random, so no two can ever disagree about a token.
+        """
+        logits = self._tp.gather(share)
         return None if logits is None else logits[:, : self._vocab_size]
+
+    def likeliest(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """The token of each row's highest logit, `[n]` int64, the first of equal ones; and whether all
+        logits of the row are finite, `[n]` bool. Equal on all ranks. Collective, capturable.
+        """
+        size, rank, num_mine = self._tp.size, self._tp.rank, len(self._rows)
+        if size == 1:
+            token_ids, highest, lowest = likeliest(share)
+            return token_ids, are_finite(highest, lowest)
+        # Each rank tells what it found in a column of its own, zeros in the others': a sum of few bytes, and
+        # exact, for float32 holds token ids up to 2**24.
+        found = share.new_zeros((len(share), size, 3), dtype=torch.float32)
+        if num_mine:
+            token_ids, highest, lowest = likeliest(share[:, :num_mine])
+            for idx, column in enumerate((highest, token_ids + self._rows.start, lowest)):
+                found[:, rank, idx] = column
+        else:  # nothing but padding
+            found[:, rank, 0] = torch.finfo(torch.float32).min
+        highest, token_ids, lowest = self._tp.all_reduce(found).unbind(dim=-1)
+        best = highest.argmax(dim=1, keepdim=True)
+        is_finite = are_finite(highest, lowest).all(dim=1)
+        return token_ids.gather(1, best).squeeze(1).long(), is_finite
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         return iter(()) if self._is_tied else super().weight_parts(path)

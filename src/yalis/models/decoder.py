@@ -120,8 +120,9 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """`forward`: `[num_tokens]` ids and positions to `[num_tokens, hidden]`; `compute_logits`: some of
-    those rows to `[n, vocab_size]`, on rank 0. Both collective.
+    """`forward`: `[num_tokens]` ids and positions to `[num_tokens, hidden]`. Collective.
+
+    `lm_head` then turns some of those rows to logits.
     """
 
     def __init__(self, config: ModelConfig, at: Placement) -> None:
@@ -134,10 +135,6 @@ class CausalLM(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor, attend: AttentionStep) -> Tensor:
         hidden: Tensor = self.model(token_ids, positions, attend)
         return hidden
-
-    def compute_logits(self, hidden: Tensor) -> Tensor | None:
-        logits: Tensor | None = self.lm_head(hidden)
-        return logits
 
 
 def _head_rows(heads: range, head_dim: int) -> range:
