@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from yalis.errors import RequestError
 
-MAX_LOGPROBS = (
-    20  # alternatives reported beside each token; this bound and the next are vLLM's defaults
-)
+# vLLM's default bounds: of alternatives reported beside each token, and of continuations.
+MAX_LOGPROBS = 20
 MAX_N = 16384
 
 _SEED_BOUND = 2**63

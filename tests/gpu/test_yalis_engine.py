@@ -161,7 +161,7 @@ def test_a_step_waits_for_nothing(model: str) -> None:
 def test_other_families_are_within_the_roundings(family: str, tmp_path: Path) -> None:
     # A folder of its own to import from; on CPUs it holds these models to float32.
     sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
-    from llama_reference import save_random_model
+    from transformers_reference import save_random_model
 
     shape = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8}
     shape |= {"num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 512}

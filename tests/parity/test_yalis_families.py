@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from llama_reference import reference_logits, save_random_model
 from torch import Tensor
+from transformers_reference import reference_logits, save_random_model
 
 from plain_attention import attend
 from thread_ranks import on_ranks

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from llama_reference import all_logits, make_batch, make_runner, reference_logits, save_random_model
+from transformers_reference import (
+    all_logits,
+    make_batch,
+    make_runner,
+    reference_logits,
+    save_random_model,
+)
 
 pytestmark = pytest.mark.parity
 
