@@ -145,7 +145,7 @@ class LLM:
         bar on a terminal when it takes long. Collective under a launcher: every rank passes the same
         arguments.
         """
-        requests = self._checked(prompts, sampling_params)
+        requests = self.make_requests(prompts, sampling_params)
         with ExitStack() as stack:
             if on_progress is None:
                 is_shown = use_tqdm and self._is_first and sys.stderr.isatty()
@@ -171,7 +171,7 @@ class LLM:
         `generate`, may take turns: whoever is asked computes for all. Collective under a launcher, each
         `next`.
         """
-        [request] = self._checked([prompt], sampling_params)
+        [request] = self.make_requests([prompt], sampling_params)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[Update]:
@@ -184,11 +184,12 @@ class LLM:
         finally:
             self._end(ids)
 
-    def _checked(
+    def make_requests(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Request]:
+        """Checked requests for `engine.add`, from what `generate` takes; RequestError as there."""
         if self._is_closed:
             raise YalisError("this LLM is closed; make a new one")
         return check_requests(

@@ -55,7 +55,7 @@ class Scheduler:
             raise RequestError(
                 f"prompt and output may take {max_len} tokens, but the cache holds "
                 f"{self._pool.num_blocks * self._pool.block_size}; lower max_tokens, shorten the prompt, "
-                "or raise kv_cache_memory_bytes"
+                "or raise kv_cache_memory_bytes or gpu_memory_utilization"
             )
 
     def add(self, sequence: Sequence) -> None:
@@ -111,7 +111,6 @@ class Scheduler:
                     break  # it was the last itself
                 step.add_blocks(sequence, self._pool.allocate(1))
             step.add_decode(sequence)
-            self._publish(sequence)
 
     def _add_chunk(self, step: _StepBuilder, sequence: Sequence) -> None:
         if not sequence.has_drawn and step.budget:

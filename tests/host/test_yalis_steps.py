@@ -84,14 +84,14 @@ def test_a_request_with_nan_fails_alone(one: LLM, two: LLM) -> None:
 def test_requests_come_and_go_in_the_middle(one: LLM, two: LLM) -> None:
     wanted = {prompt: one.generate(prompt, GREEDY)[0] for prompt in ("x", "y", "z")}
     add, updates = two.engine.add, list[Update]()
-    ids = {prompt: add(two._checked([prompt], GREEDY)[0]) for prompt in ("x", "y")}
+    ids = {prompt: add(two.make_requests([prompt], GREEDY)[0]) for prompt in ("x", "y")}
     for _ in range(6):
         updates += two.engine.step()
     cancelled = two.engine.cancel(ids["y"])
     assert cancelled is not None
     assert cancelled.finish_reason == "abort"
     assert cancelled.token_ids == wanted["y"].token_ids[: len(cancelled.token_ids)]
-    ids["z"] = add(two._checked(["z"], GREEDY)[0])
+    ids["z"] = add(two.make_requests(["z"], GREEDY)[0])
     while two.engine.has_work:
         updates += two.engine.step()
     outputs = {update.request_id: update.output for update in updates if update.output}

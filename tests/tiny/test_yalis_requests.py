@@ -166,7 +166,7 @@ def test_a_stream_is_checked_when_it_is_asked_for(llm: LLM) -> None:
 def test_the_step_api_serves_who_comes_late(llm: LLM) -> None:
     [one] = llm.generate(BEGINNING, GREEDY)
     [two] = llm.generate("x", GREEDY)
-    begun = {p: llm._checked([p], GREEDY)[0] for p in (BEGINNING, "x")}
+    begun = {p: llm.make_requests([p], GREEDY)[0] for p in (BEGINNING, "x")}
     first = llm.engine.add(begun[BEGINNING])
     updates: list[Update] = []
     for _ in range(5):

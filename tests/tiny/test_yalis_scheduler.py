@@ -89,6 +89,9 @@ class AnyTraffic(RuleBasedStateMachine):
         free = [*self.pool._blank, *self.pool._kept]
         assert sorted([*free, *holders]) == list(range(self.pool.num_blocks))
         assert all(self.pool._num_holders[block] == holders[block] for block in holders)
+        published = {b for b, content in enumerate(self.pool._contents) if content is not None}
+        assert sorted(self.pool._published.values()) == sorted(published)
+        assert set(self.pool._kept) == published - set(holders)
         for sequence in running:  # in order of arrival
             assert len(sequence.blocks) * self.pool.block_size >= sequence.num_computed
         order = [s.request_id for s in (*running, *self.engine._scheduler._waiting)]
