@@ -32,21 +32,34 @@ def token_weights(logits: Tensor, settings: Tensor, num_ranked: int) -> Tensor:
     does not depend on how a sort orders them.
     """
     temperature, min_p, top_k, top_p = torch.split(settings.to(torch.float32), 1, dim=1)
-    # The maximum becomes 0 before the division, so that no temperature is too small for it.
-    scaled = logits.to(torch.float32)
-    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature.clamp(min=_SMALLEST)
+    highest = logits.amax(dim=-1, keepdim=True).float()
+
+    def scaled(some: Tensor) -> Tensor:
+        # The maximum becomes 0 before the division, so that no temperature is too small for it.
+        return (some.float() - highest) / temperature.clamp(min=_SMALLEST)
+
     lowest = min_p.log()  # of nothing is -inf
     if num_ranked:
-        ranked = scaled.topk(num_ranked, dim=-1).values
+        # In the logits' own type, which a sort is through with sooner.
+        ranked = scaled(_ranked(logits, num_ranked))
         places = torch.arange(num_ranked, device=logits.device)
         is_kept = ((places < top_k) | (top_k == 0)) & (ranked >= lowest)
-        mass = _weights(ranked, is_kept).cumsum(dim=-1)
+        weights = _weights(ranked, is_kept)
+        mass = weights.cumsum(dim=-1)
         # A token stays while those before it have not yet reached top_p; the first always stays.
         enough = (settings[:, 3:] * mass[:, -1:]).ceil().long()
-        is_kept &= (mass - _weights(ranked, is_kept) < enough) | (top_p >= 1)
+        is_kept &= (mass - weights < enough) | (top_p >= 1)
         num_kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
         lowest = ranked.gather(1, num_kept - 1)
-    return _weights(scaled, scaled >= lowest)
+    everything = scaled(logits)
+    return _weights(everything, everything >= lowest)
+
+
+def _ranked(logits: Tensor, num_ranked: int) -> Tensor:
+    """The largest of each row, in order."""
+    if num_ranked < logits.shape[-1]:
+        return logits.topk(num_ranked, dim=-1).values
+    return logits.sort(dim=-1, descending=True).values
 
 
 def draw_by_weight(weights: Tensor, uniforms: Tensor) -> Tensor:
