@@ -25,6 +25,8 @@ def refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
         refusal = _refusal_of_pair(x, out)
         if refusal:
             return refusal
+    if out.is_contiguous():  # the common case, at a tenth of the cost
+        return ""
     if 0 in out.stride() and any(
         n > 1 for n, s in zip(out.shape, out.stride(), strict=True) if s == 0
     ):

@@ -78,15 +78,19 @@ class SymmMem:
 
         self.name = f"symm_mem {way}"
         self._symm_mem, self._group_name = symm_mem, group.group_name
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}  # making one takes long
         operations = torch.ops.symm_mem
         self._run = (
             operations.one_shot_all_reduce if way == "one-shot" else operations.two_shot_all_reduce_
         )
 
     def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
-        x = self._symm_mem.empty(num_elements, dtype=dtype, device=_current(device))
-        self._symm_mem.rendezvous(x, self._group_name)
-        return x
+        kept = self._buffers.get((num_elements, dtype))
+        if kept is None:
+            kept = self._symm_mem.empty(num_elements, dtype=dtype, device=_current(device))
+            self._symm_mem.rendezvous(kept, self._group_name)
+            self._buffers[num_elements, dtype] = kept
+        return kept
 
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         result: Tensor = self._run(x, op, self._group_name)
@@ -114,8 +118,11 @@ class NcclPool(TorchContender):
         super().__init__(dist.new_group(dist.get_process_group_ranks(group)))
         self._backend = self._group._get_backend(torch.device(_current("cuda")))
         self._pools: list[torch.cuda.MemPool] = []
+        self._buffers: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
+        if (num_elements, dtype) in self._buffers:
+            return self._buffers[num_elements, dtype]
         pool = torch.cuda.MemPool(self._backend.mem_allocator)
         with torch.cuda.use_mem_pool(pool):
             x = torch.zeros(num_elements, dtype=dtype, device=device)
@@ -123,6 +130,7 @@ class NcclPool(TorchContender):
         torch.cuda.synchronize()
         self._backend.register_mem_pool(pool, symm=True)  # type: ignore[attr-defined]
         self._pools.append(pool)
+        self._buffers[num_elements, dtype] = x
         return x
 
     def executor_for(self, device: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 
 import nvrar
@@ -18,6 +19,7 @@ from nvrar.gpu.includes import CompileError
 from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
 
+torch._inductor.config.compile_threads = 1  # its workers would be waited for at the end
 RANK = int(os.environ["RANK"])
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 TOPOLOGY = nvrar.Topology.parse(sys.argv[1])

@@ -81,7 +81,7 @@ class Recorder:
     """Stands for GpuCalls: records what a communicator would prepare and launch."""
 
     def __init__(self) -> None:
-        self.device, self.has_failed = torch.device("cpu"), False
+        self.device, self.has_failed = SimpleNamespace(index=-1), False
         self.prepared: list[tuple[list[int], torch.dtype]] = []
         self.launched: list[tuple[int, torch.dtype]] = []
 
@@ -99,7 +99,7 @@ class Recorder:
 def communicator(wire_dtype: torch.dtype | None) -> tuple[Communicator, Recorder]:
     comm, calls = object.__new__(Communicator), Recorder()
     comm._gpu, comm.wire_dtype, comm.max_bytes = calls, wire_dtype, 1000
-    comm._choices, comm._link = {}, "nvlink"
+    comm._choices, comm._link, comm._plain_calls = {}, "nvlink", set()
     comm._chooser = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("split:2"))
     return comm, calls
 

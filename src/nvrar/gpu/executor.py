@@ -108,10 +108,10 @@ class GpuExecutor:
         self._launch(prepared, prepared.whole)
 
     def _launch(self, prepared: Prepared, function: kernel.Function) -> None:
-        stream = torch.cuda.current_stream(self.device)
-        raw_stream = stream.cuda_stream
+        # What torch.cuda.current_stream(device).cuda_stream gives, a microsecond sooner.
+        raw_stream: int = torch._C._cuda_getCurrentRawStream(self.device.index)
         if raw_stream != self._last_raw_stream:
-            self._follow(stream)
+            self._follow(torch.cuda.current_stream(self.device))
         config = prepared.configs.get(raw_stream)
         if config is None:
             config = function.config(
