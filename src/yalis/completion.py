@@ -60,11 +60,10 @@ class Completion:
         """The text that has become certain since the last call: all of it once the sequence is finished."""
         if self.sequence.is_finished:
             final = self._final_text()
-            begin = (
-                self._num_shown if final.startswith(self._text[: self._num_shown]) else len(final)
-            )
-            self._num_shown = len(final)
-            return final[begin:]
+            # Broken bytes may read otherwise in the whole; what was given out cannot be taken back.
+            is_continued = final.startswith(self._text[: self._num_shown])
+            begin, self._num_shown = self._num_shown, len(final)
+            return final[begin:] if is_continued else ""
         end = len(self._text) - self._num_held_back()
         begin, self._num_shown = self._num_shown, max(self._num_shown, end)
         return self._text[begin : self._num_shown]
@@ -119,8 +118,8 @@ class Completion:
         if self._tokenizer is None:
             return ""
         token_ids = self.sequence.output_token_ids
-        if self._stop_reason is not None:
-            token_ids = token_ids[:-1]
+        if self.sequence.finish_reason == "stop":
+            token_ids = token_ids[:-1]  # the token that ended it is no part of the text
         return self._tokenizer.decode_after(self.sequence.prompt_token_ids, token_ids)
 
     def _token_logprobs(self, token_id: int, row: RowLogprobs) -> TokenLogprobs:

@@ -38,8 +38,8 @@ class CompletionOutput:
 
     `finish_reason` is "stop" (an end token, a stop token or a stop string), "length", "abort" (it was
     cancelled) or "error", and then `error` says why. `stop_reason` is the stop string or stop token that
-    came up, which is no part of `text`; None for the model's own end token. `logprobs` has an entry for each
-    token.
+    came up; None for the model's own end token. None of these is part of `text`. `logprobs` has an entry
+    for each token.
     """
 
     index: int

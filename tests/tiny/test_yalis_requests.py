@@ -203,7 +203,9 @@ def test_n_continuations_differ_and_each_repeats(llm: LLM) -> None:
     assert [seen[i] for i in range(3)] == [completion.text for completion in output.outputs]
 
 
-def test_stop_tokens_end_it_and_min_tokens_keep_them_away(llm: LLM) -> None:
+def test_stop_tokens_end_it_and_min_tokens_keep_them_away(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [free] = llm.generate("Once", GREEDY)
     end = free.token_ids[6]
     assert end not in free.token_ids[:6]
@@ -213,6 +215,12 @@ def test_stop_tokens_end_it_and_min_tokens_keep_them_away(llm: LLM) -> None:
     assert free.text.startswith(stopped.text)
     assert len(stopped.text) < len(llm.generate("Once", replace(GREEDY, max_tokens=7))[0].text)
     assert (stopped.finish_reason, stopped.outputs[0].stop_reason) == ("stop", end)
+    monkeypatch.setattr(
+        llm.engine, "_eos_token_ids", (end,)
+    )  # an end token that is no special token
+    [ended] = llm.generate("Once", replace(GREEDY, ignore_eos=False))
+    assert (ended.token_ids, ended.text) == (stopped.token_ids, stopped.text)
+    assert (ended.finish_reason, ended.outputs[0].stop_reason) == ("stop", None)
     [kept] = llm.generate("Once", replace(params, min_tokens=12))
     assert end not in kept.token_ids[:12]
     assert kept.token_ids[:6] == free.token_ids[:6]
