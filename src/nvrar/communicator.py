@@ -144,7 +144,9 @@ class Communicator:
         )
         self._link = agreement.link
         self._choices: dict[tuple[int, torch.dtype], Choice] = {}
-        self._plain_calls: set[tuple[int, torch.dtype, str]] = set()  # that the GPU takes as they are
+        self._plain_calls: set[tuple[int, torch.dtype, str]] = (
+            set()
+        )  # that the GPU takes as they are
         self._too_large = f"messages above max_bytes ({max_bytes})"
         self._host = host.HostExecutor(self.group, self.topology, self.name)
         self._sideband = Sideband(self.group, self.name, timeout_s)
@@ -296,6 +298,18 @@ class Communicator:
             return "host"
         return "gpu" if self._gpu is not None else "torch.distributed"
 
+    def link_for(self, device: str) -> str:
+        """What carries the data of calls on tensors of ``"cpu"`` or ``"cuda"``; the same on every rank.
+
+        Of the GPU executor: ``"nvlink"``; ``"peer"``, memory that is mapped otherwise (PCIe); ``"network"``,
+        where some rank's memory is not mapped and NVSHMEM's put goes there; ``"put"`` where NVRAR_TRANSPORT
+        forces it everywhere. Else the backend of the process group, such as ``"gloo"`` or ``"nccl"``.
+        """
+        executor = self.executor_for(device)
+        if executor == "gpu":
+            return self._link
+        return host.backend_of(self.group, "cpu" if executor == "host" else device)
+
     def close(self) -> None:
         """Ends this rank's use of it. Not collective; may be called more than once."""
         if not isinstance(self._ended, ClosedError):
@@ -319,8 +333,17 @@ class Communicator:
     def __repr__(self) -> str:
         return (
             f"<nvrar.Communicator {self.name}: rank {self.rank} of {self.world_size}, "
-            f"{self.topology}, plan {self.plan}>"
+            f"{self.topology}, plan {self.plan}, {self._carried()}>"
         )
+
+    def _carried(self) -> str:
+        if is_destroyed(self.group):
+            return "process group destroyed"
+        if self._gpu is not None:
+            return f"gpu executor over {self._link}"
+        text = f"host executor over {self.link_for('cpu')}"
+        lacks = self._gpu_lack and self.executor == "auto"
+        return f"{text} (no GPU executor: {self._gpu_lack})" if lacks else text
 
     # -- running -----------------------------------------------------------------------------------
 

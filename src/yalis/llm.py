@@ -41,8 +41,9 @@ class LLM:
     local worker processes start by themselves, and `num_nodes` makes them play that many nodes; under
     torchrun or srun every rank runs the same script, this joins their group, and every rank gets the same
     outputs. One rank works in the calling process. `all_reduce` is "nvrar" (with a plan word of its
-    language in `all_reduce_plan`) or "torch". `dtype` "auto" is the checkpoint's. `load_format` "dummy"
-    needs a config.json only. `on_progress` is called with (phase, done, total) while loading.
+    language in `all_reduce_plan`), "torch", or on GPUs of one node torch's "symm-one-shot" or
+    "symm-two-shot". `dtype` "auto" is the checkpoint's. `load_format` "dummy" needs a config.json only.
+    `on_progress` is called with (phase, done, total) while loading.
 
     A step computes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` sequences. Keys and
     values lie in blocks of `block_size` tokens, in `kv_cache_memory_bytes` per rank; left out, that is 4 GiB

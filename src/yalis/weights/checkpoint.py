@@ -66,16 +66,15 @@ class Checkpoint:
         is_gpu = target.device.type == "cuda"
         row_bytes = max(1, target[0].numel() * dtype.itemsize)
         num_rows = max(1, _PORTION // row_bytes)
-        with torch.cuda.device(target.device if is_gpu else -1):
-            for some in torch.split(target, num_rows):
-                # Pinned memory comes from torch's cache, which keeps it until the copy is done.
-                portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
-                region = (slice(rows.start, rows.start + len(some)), *others)
-                shard.read_into(portion, part.name, region)
-                if is_gpu and dtype != target.dtype:  # to convert on the GPU
-                    portion = portion.to(target.device, non_blocking=True)
-                some.copy_(portion, non_blocking=True)
-                rows = slice(region[0].stop, rows.stop)
+        for some in torch.split(target, num_rows):
+            # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+            portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
+            region = (slice(rows.start, rows.start + len(some)), *others)
+            shard.read_into(portion, part.name, region)
+            if is_gpu and dtype != target.dtype:  # to convert on the GPU
+                portion = portion.to(target.device, non_blocking=True)
+            some.copy_(portion, non_blocking=True)
+            rows = slice(region[0].stop, rows.stop)
 
     def _read_index(self) -> dict[str, str]:
         index = self._folder / _INDEX

@@ -69,7 +69,12 @@ def load_weights(
 ) -> None:
     """Fill this rank's parameters, converting to their type. Not collective. The first error ends it."""
     parts = [part for part in weight_parts(model) if part.target.numel()]
-    fill = torch.inference_mode()(source.fill)  # the mode is each thread's own
+
+    def fill(part: WeightPart) -> None:  # mode and device are each thread's own
+        device_idx = part.target.device.index if part.target.is_cuda else -1
+        with torch.inference_mode(), torch.cuda.device(device_idx):
+            source.fill(part)
+
     with ThreadPoolExecutor(source.num_threads) as pool:
         try:
             futures = [pool.submit(fill, part) for part in parts]
