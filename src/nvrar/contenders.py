@@ -89,6 +89,10 @@ class PlanContender:
     def executor_for(self, device: str) -> str:
         return self._communicator.executor_for(device)
 
+    def link_for(self, device: str) -> str:
+        """See :meth:`Communicator.link_for`; one for all plans."""
+        return self._communicator.link_for(device)
+
     def fallbacks(self) -> Mapping[str, int]:
         return self._communicator.stats.fallbacks
 

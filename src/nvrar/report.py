@@ -39,9 +39,11 @@ def headline(provenance: Mapping[str, Any]) -> str:
     what = first["gpu"] or f"{first['cpu']}, {first['num_cores']} cores"
     where = f"{len(hosts)} hosts of {what}" if len(hosts) > 1 else what
     nodes, ranks = provenance["topology"].split("x")
+    backend, link = provenance["backend"], provenance.get("link")
+    carried = backend if link in (None, backend) else f"{backend}; nvrar: {link}"
     return (
         f"{provenance['op']} of {provenance['dtype']}, {nodes} nodes x {ranks} ranks "
-        f"on {where} ({provenance['backend']})"
+        f"on {where} ({carried})"
     )
 
 

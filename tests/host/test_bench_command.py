@@ -97,7 +97,7 @@ def test_the_command_starts_its_workers_and_writes_all_it_knows(tmp_path: Path) 
         assert row["torch"] == torch.__version__
         assert row["hosts"][0]["num_ranks"] == 3
         assert row["hosts"][0]["cpu"]
-        assert row["backend"] == "gloo"
+        assert row["backend"] == row["link"] == "gloo"
         assert len(row["samples_us"]) == row["num_samples"] == 4
         assert row["git_commit"] is None or len(row["git_commit"]) == 40
         assert row["timestamp"].endswith("+00:00")

@@ -317,6 +317,11 @@ def counting(rank: int) -> None:
     assert comm.rank == rank
     assert comm.world_size == 2
     assert f"rank {rank} of 2" in repr(comm)
+    assert "host executor over gloo (no GPU executor: rank 0 " in repr(comm)
+    assert repr(Communicator(executor="host")).endswith("host executor over gloo>")
+    assert [comm.link_for(device) for device in ("cpu", "cuda")] == ["gloo", "gloo"]
+    dist.destroy_process_group()
+    assert "process group destroyed" in repr(comm)
 
 
 def test_stats_count_what_was_done() -> None:

@@ -19,7 +19,7 @@ from nvrar.cost import MACHINES
 from nvrar.draw import draw, names_of
 from nvrar.launch import Seat, seat
 from nvrar.record import rows, write_rows
-from nvrar.report import picture, table
+from nvrar.report import headline, picture, table
 from nvrar.testing import reference_all_reduce
 from nvrar.timing import turns
 from nvrar.units import format_size, format_time, parse_size
@@ -105,6 +105,13 @@ def test_the_table_shows_ratio_prediction_and_fallback() -> None:
     assert "x2.06" in text
     assert "~45" in text
     assert "* nvrar at 4 KiB: 4 of 4 calls fell back to torch.distributed (too large)" in text
+
+
+def test_the_headline_says_what_carries_ours_where_that_is_not_the_backend() -> None:
+    assert headline({**ABOUT, "link": "gloo"}).endswith("(gloo)")
+    assert headline({**ABOUT, "backend": "nccl", "link": "nvlink"}).endswith(
+        "(nccl; nvrar: nvlink)"
+    )
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])

@@ -21,7 +21,7 @@ from nvrar.commands.common import Subparsers, add_layout
 from nvrar.commands.progress import Progress
 from nvrar.commands.request import Request, add_options
 from nvrar.commands.virtual import run_virtual
-from nvrar.contenders import contenders
+from nvrar.contenders import PlanContender, contenders
 from nvrar.errors import ArgumentError
 from nvrar.launch import seat
 from nvrar.peers import available, leave
@@ -90,6 +90,8 @@ def _bench(
         ) as entrants,
         Progress(num_steps(len(request.sizes), settings), group.rank() == 0) as progress,
     ):
+        ours = (e for e in entrants if isinstance(e, PlanContender))
+        about["link"] = next((e.link_for(settings.device) for e in ours), None)
         if request.with_peers:
             peers, lacking = available(group, settings.dtype, settings.op, settings.timeout_s)
             entrants += peers
