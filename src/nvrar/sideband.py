@@ -117,7 +117,7 @@ def together(
     """Every rank's result of ``action`` (anything JSON can carry); where one fails, all do. Collective.
 
     Raises:
-        GpuUnavailable: a rank's ``action`` raised it; on every rank.
+        GpuUnavailable: a rank's ``action`` raised it, and none anything else; on every rank.
         NvrarError: this rank's ``action`` raised it.
         DisagreementError: another rank's did.
         PeerTimeout: a rank did not come within ``timeout_s``.
@@ -138,7 +138,7 @@ def together(
     rank, told = (wrong or failed)[0]
     if not wrong:
         raise GpuUnavailable(f"rank {rank}: {told['text']}") from failure
-    if failure is not None:
+    if failure is not None and not isinstance(failure, GpuUnavailable):
         raise failure
     raise DisagreementError(f"rank {rank}: {told['text']}")
 
