@@ -15,11 +15,14 @@ if [ "$gpus" -gt 1 ]; then
         for transport in direct put; do
             echo "== $topology, $transport"
             export NVRAR_TRANSPORT=$transport
-            checks 100 "$topology" bits layouts graphs norm storm streams groups memory
-            for alone in late mismatch foreign_nvshmem; do checks 40 "$topology" $alone; done
+            checks 100 "$topology" bits layouts graphs norm storm
+            for alone in late mismatch; do checks 40 "$topology" $alone; done
         done
     done
     unset NVRAR_TRANSPORT
+    echo "== beside others"
+    checks 60 "1x$gpus" streams groups memory
+    checks 40 "1x$gpus" foreign_nvshmem
     sizes=1K,4K,16K,64K,128K,256K
     echo "== beside NCCL and symm_mem"
     bench 120 --interleaved --sizes $sizes,512K,1M,2M,4M --json "$out/direct.jsonl"
