@@ -10,7 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nvrar.launch import Seat
-from yalis import ConfigError
+from yalis import ConfigError, SamplingParams
+from yalis.completion import Completion
+from yalis.core import Sequence
 from yalis.parallel.launcher import detect
 from yalis.parallel.split import even_split, kv_head_split, padded_split
 from yalis.testing import make_checkpoint
@@ -115,6 +117,35 @@ def test_any_text_survives_the_tokenizer_and_grows_piece_by_piece(tokenizer: Tok
         pieces = [growing.append(token_id) for token_id in ids[1:]]
         assert "".join(pieces) == text
         assert tokenizer.decode_after(ids[:1], ids[1:]) == text
+
+    check()
+
+
+def test_streamed_pieces_join_to_the_text_before_the_first_stop(tokenizer: Tokenizer) -> None:
+    @settings(deadline=None, max_examples=200)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        text = data.draw(st.text(alphabet="ab é🙂", min_size=1, max_size=30))
+        stops = data.draw(st.lists(st.text(alphabet="ab é🙂", min_size=1, max_size=4), max_size=3))
+        params = SamplingParams(stop=stops, max_tokens=1000)
+        sequence = Sequence(0, 0, tuple(tokenizer.encode("x")), params, seed=0, max_len=10**6)
+        completion, pieces = Completion(sequence, tokenizer, is_streamed=True), []
+        for token_id in tokenizer.encode(text)[1:]:  # the first is <s>
+            sequence.output_token_ids.append(token_id)
+            completion.append(None)
+            pieces.append(completion.take_text())
+            assert not any(stop in "".join(pieces) for stop in stops)
+            if sequence.is_finished:
+                break
+        is_stopped = sequence.is_finished
+        assert is_stopped == any(stop in text for stop in stops)
+        if not is_stopped:
+            sequence.finish_reason = "length"
+            pieces.append(completion.take_text())
+        begins = [text.index(stop) for stop in stops if stop in text]
+        assert "".join(pieces) == completion.output().text
+        if len(stops) <= 1:
+            assert completion.output().text == text[: min(begins, default=None)]
 
     check()
 
