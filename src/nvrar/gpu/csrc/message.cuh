@@ -101,9 +101,7 @@ class Flat {
     }
 
   private:
-    u64 start(int part, u32 unit) const {
-        return (u64(part) * args_.num_units + unit) * Packet::kDataBytes;
-    }
+    u64 start(int part, u32 unit) const { return (u64(part) * args_.num_units + unit) * Packet::kDataBytes; }
 
     const Args<Plan>& args_;
 };

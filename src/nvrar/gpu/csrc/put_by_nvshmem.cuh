@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// NVSHMEM's device side, and the only place that includes it: compiled once, linked with every kernel that puts.
+// NVSHMEM's device side, and the only place that includes it: compiled once, linked with every kernel that
+// puts.
 #pragma once
 
 // The headers of NVSHMEM 3.4.5 use these traits under `std`, which NVRTC does not have.

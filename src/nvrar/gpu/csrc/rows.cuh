@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel that goes on after the sum: adds the residual and normalises each row (RMSNorm). A row is taken by
-// one block, or by the blocks of one cluster, so the norm needs nobody else.
+// The kernel that goes on after the sum: adds the residual and normalises each row (RMSNorm). A row is taken
+// by one block, or by the blocks of one cluster, so the norm needs nobody else.
 //
 //     h = round(sum + residual);  out = round(round(h * (1 / sqrt(mean(h * h) + eps))) * weight)
 //
@@ -23,10 +23,18 @@ inline float add_up_lanes(float value) {
 // The blocks that share a row: a cluster, or one.
 struct Team {
 #if __CUDA_ARCH__ >= 900
-    static u32 id() { return read([](u32& x) { asm("mov.u32 %0, %clusterid.x;" : "=r"(x)); }); }
-    static u32 number() { return read([](u32& x) { asm("mov.u32 %0, %nclusterid.x;" : "=r"(x)); }); }
-    static u32 rank() { return read([](u32& x) { asm("mov.u32 %0, %cluster_ctarank;" : "=r"(x)); }); }
-    static u32 size() { return read([](u32& x) { asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(x)); }); }
+    static u32 id() {
+        return read([](u32& x) { asm("mov.u32 %0, %clusterid.x;" : "=r"(x)); });
+    }
+    static u32 number() {
+        return read([](u32& x) { asm("mov.u32 %0, %nclusterid.x;" : "=r"(x)); });
+    }
+    static u32 rank() {
+        return read([](u32& x) { asm("mov.u32 %0, %cluster_ctarank;" : "=r"(x)); });
+    }
+    static u32 size() {
+        return read([](u32& x) { asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(x)); });
+    }
 
     static void meet() {
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -130,8 +138,8 @@ class Rows {
         Words::store(args_.norm.residual_out, from, row_end(), h);
     }
 
-    // 1 / sqrt(mean of squares + eps) of the row, once all its units are stored, by whichever thread; false if
-    // one is not to be had. `ok`: whether this thread has stored its own.
+    // 1 / sqrt(mean of squares + eps) of the row, once all its units are stored, by whichever thread; false
+    // if one is not to be had. `ok`: whether this thread has stored its own.
     bool find_scale(bool ok, float& scale) {
         const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8;
         const u32 chunks = (words + kChunkWords - 1) / kChunkWords;

@@ -49,7 +49,7 @@ struct Args {
     u32 num_units;
     u32 signature;
     u32 call;
-    u32 overlaps;  // whether the next launch may begin early
+    u32 overlaps;                     // whether the next launch may begin early
     u32 digit[Plan::kNumLevels + 1];  // no array may be empty
     u32 pe[Plan::kNumPeers + 1];
     char* peer[Plan::kNumPeers + 1];  // their inboxes as this rank addresses them
