@@ -30,7 +30,7 @@ bench() {
     shift 3
     section "$name" "$limit" python3 -m yalis bench "$kind" "$@" --max-model-len 4096 --verbose --json "$out/$name.jsonl"
 }
-pytest() { section "$1" "$2" python3 -m pytest -q --tb=short --durations=4 tests/gpu/test_yalis_engine.py "${@:3}"; }
+pytest() { section "$1" "$2" python3 -m pytest -q --tb=short --durations=4 tests/gpu/test_engine_on_gpu.py "${@:3}"; }
 
 # On the first GPU tokens are compared while the last one is measured.
 last=$((gpus - 1))
