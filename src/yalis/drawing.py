@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,9 +106,13 @@ def _is_plain(admission: Admission) -> bool:
 
 
 class PendingStep:
-    """A step's result on its way to the host; `wait` may be called by another thread."""
+    """A step's result on its way to the host; `wait` may be called by another thread.
 
-    def __init__(self, drawn: Drawn) -> None:
+    `check` raises where the result, once there, is not to be trusted.
+    """
+
+    def __init__(self, drawn: Drawn, check: Callable[[], None]) -> None:
+        self._check = check
         self.wants_logprobs = drawn.wants_logprobs
         self._token_ids = Download(drawn.token_ids)
         self._rows: tuple[int, ...] = ()
@@ -120,6 +125,7 @@ class PendingStep:
 
     def wait(self) -> StepResult:
         token_ids = tuple(self._token_ids.wait().tolist())
+        self._check()
         if not self._rows:
             return StepResult(token_ids)
         table = self._logprobs.wait().tolist()

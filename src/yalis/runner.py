@@ -74,6 +74,8 @@ class Runner:
         """Compute a step; returns, on a GPU, before it has run. Its tokens are every rank's to wait for,
         the log probabilities rank 0's.
         """
+        # What ranks other than 0 learn of a peer that is gone: nobody waits for their results.
+        self._tp.all_reduce.check()
         num_rows = self._graphs.num_rows_for(batch) if self._graphs else None
         with self._trace("prepare"):
             self._drawing.admit(batch.admissions)
@@ -89,7 +91,7 @@ class Runner:
         with self._trace("sample"):
             drawn = self._drawing.draw(batch, share)
             self._inputs.remember(inputs.drawing_slots, drawn.token_ids)
-            return PendingStep(drawn)
+            return PendingStep(drawn, self._tp.all_reduce.check)
 
     def decode(self, uploaded: Uploaded) -> Decoded:
         """A step of decodes only, that draws the likeliest tokens: device work alone, to be captured."""
@@ -104,10 +106,11 @@ class Runner:
         num_seqs = len(batch.slots)
         with self._trace("sample"):
             if self._drawing.is_plain(batch):
-                return PendingStep(Drawn(decoded.token_ids[:num_seqs]))
+                drawn = Drawn(decoded.token_ids[:num_seqs])
+                return PendingStep(drawn, self._tp.all_reduce.check)
             drawn = self._drawing.draw(batch, decoded.share[:num_seqs])
             self._inputs.remember(uploaded.drawing_slots[:num_seqs], drawn.token_ids)
-            return PendingStep(drawn)
+            return PendingStep(drawn, self._tp.all_reduce.check)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

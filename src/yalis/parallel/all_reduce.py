@@ -47,6 +47,12 @@ class AllReduce(Protocol):
         """Get ready for messages of `dtype` of any size, so that calls can be captured in a CUDA graph."""
         return
 
+    def check(self) -> None:
+        """Raise where a call that has run on the device found a peer gone: its result was NaN. Local, any
+        thread, waits for nothing. For callers who have waited for results, of graphs' replays above all.
+        """
+        return
+
     def describe(self) -> dict[str, Any]:
         """What runs, and how often it has run on this rank: for reports and tests."""
         ...
@@ -110,6 +116,9 @@ class NvrarAllReduce(AllReduce):
         sizes = [*(1 << exponent for exponent in range(most.bit_length())), most]
         self._communicator.warmup(sizes, dtype, norm=True)
 
+    def check(self) -> None:
+        self._communicator.check(wait=False)
+
     def describe(self) -> dict[str, Any]:
         stats = self._communicator.stats
         return {"backend": "nvrar", "calls": stats.calls, "fallbacks": dict(stats.fallbacks)}
@@ -145,6 +154,9 @@ class AllReduceSwitch(AllReduce):
 
     def warm_up(self, dtype: torch.dtype) -> None:
         self._chosen.warm_up(dtype)
+
+    def check(self) -> None:
+        self._chosen.check()
 
     def describe(self) -> dict[str, Any]:
         return self._chosen.describe()
