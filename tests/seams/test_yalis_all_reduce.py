@@ -94,6 +94,8 @@ def test_the_backend_asked_for_did_the_work(odd_llm: LLM) -> None:
     # Two a layer, one for the embedding and one for the likeliest token, each of ten steps.
     assert after["calls"] - before["calls"] == 10 * (2 * ODD["num_hidden_layers"] + 2)
     assert not after.get("fallbacks")
+    if after["backend"] == "nvrar":
+        assert "host executor over gloo" in after["communicator"]
 
 
 @pytest.mark.parametrize("all_reduce", ["torch", "nvrar"])

@@ -121,7 +121,12 @@ class NvrarAllReduce(AllReduce):
 
     def describe(self) -> dict[str, Any]:
         stats = self._communicator.stats
-        return {"backend": "nvrar", "calls": stats.calls, "fallbacks": dict(stats.fallbacks)}
+        return {
+            "backend": "nvrar",
+            "communicator": repr(self._communicator),  # the link that carries it, too
+            "calls": stats.calls,
+            "fallbacks": dict(stats.fallbacks),
+        }
 
     def close(self) -> None:
         self._communicator.close()
