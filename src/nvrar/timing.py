@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from nvrar.errors import PeerTimeout
 
-CALLS_PER_GRAPH = 20
+CALLS_IN_A_ROW = 20
 _SLEEP_CYCLES = 200_000  # about 0.1 ms: longer than the host takes to queue a barrier and a graph
 
 
@@ -27,12 +27,15 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Each call alone, from the host. On a GPU this is the time until it is queued, not until it is done.
+    """Calls from the host: on CPU tensors each alone, until it is done; on a GPU the time to queue one.
+
+    On a GPU a sample is some calls in a row, as a model makes them, divided by their number: of a single one
+    much would be caches that grew cold while the host waited.
 
     Args:
         call: what is timed.
-        reset: called before each call, outside the time.
-        num_warmup: calls before the first sample.
+        reset: called before each sample, outside the time.
+        num_warmup: samples before the first that counts.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class HostClock:
         num_warmup: int,
     ) -> None:
         self._group, self._call, self._reset, self._device = group, call, reset, device
+        self._num_calls = CALLS_IN_A_ROW if device == "cuda" else 1
         self.samples(num_warmup)
 
     def samples(self, count: int) -> list[float]:
@@ -51,9 +55,12 @@ class HostClock:
         barrier(self._group, self._device)
         for _ in range(count):
             self._reset()
+            if self._device == "cuda":
+                torch.cuda.synchronize()  # else the host may have to wait for room in the queue
             start = time.perf_counter_ns()
-            self._call()
-            times_us.append((time.perf_counter_ns() - start) / 1e3)
+            for _ in range(self._num_calls):
+                self._call()
+            times_us.append((time.perf_counter_ns() - start) / 1e3 / self._num_calls)
         return times_us
 
 
@@ -75,7 +82,7 @@ class GraphClock:
         call: Callable[[], object],
         num_warmup: int,
         between: Callable[[], object] | None = None,
-        num_calls: int = CALLS_PER_GRAPH,
+        num_calls: int = CALLS_IN_A_ROW,
     ) -> None:
         self._token = torch.zeros(1, device="cuda")
         self._group, self._num_calls = group, num_calls
