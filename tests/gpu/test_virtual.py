@@ -147,8 +147,11 @@ def test_sum_residual_and_norm_have_the_bits_of_the_three_apart(word, dtype, pac
             call = cluster.prepare_rows(
                 list(x), list(residual), weight, 1e-5, list(x), list(residual)
             )
+            before = cluster._control[:, 0].tolist()
             cluster.launch(call)  # in place
             cluster.check()
+            # An epoch is used up by what all ranks hear of, and by nothing else.
+            assert cluster._control[:, 0].tolist() == [e + bool(plan.levels) for e in before]
             for rank, (normed, h) in enumerate(expected):
                 assert same_bits(residual[rank], h), (hidden, num_rows, rank)
                 assert same_bits(x[rank], normed), (hidden, num_rows, rank)

@@ -11,6 +11,7 @@ import torch
 from nvrar.gpu.algorithms import Algorithm, Algorithms
 from nvrar.gpu.executor import GpuExecutor, Prepared
 from nvrar.gpu.jit import OPS, TYPES
+from nvrar.gpu.kernel import NO_FAILURE, OTHER_CALL
 from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
 from nvrar.host import type_name
 from nvrar.plan import Plan
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
-_FOREIGN = 3  # Failure.kind of a packet that belongs to another call
 _MOST_PREPARED = 4096  # sizes, types and operations whose arguments are kept
 _ROW_ALIGN = 16  # bytes at which rows and tensors of rows start
 _DENSE = torch.contiguous_format
@@ -158,20 +158,20 @@ class GpuCalls:
     @property
     def has_failed(self) -> bool:
         """Whether a kernel that has run left word of a failure. Reads host memory, waits for nothing."""
-        return bool(self._executor.failure.kind)
+        return bool(self._executor.failure.kind != NO_FAILURE)
 
     def report(self) -> Report:
         """What went wrong on the device, for the other ranks and for the error."""
         failure = self._executor.failure
         call, plan = self._executor.failed_call()
         peer = plan.members(self._position, failure.level)[failure.digit]
-        foreign = failure.kind == _FOREIGN
+        other_call = failure.kind == OTHER_CALL
         return Report(
             failure.epoch - 1,  # the first that the device counts is 2
             call,
             waits_on=self._topology.rank_at(peer),
-            reason="it made another call" if foreign else "its data did not come in time",
-            timed_out=not foreign,
+            reason="it made another call" if other_call else "its data did not come in time",
+            timed_out=not other_call,
             level=failure.level,
         )
 

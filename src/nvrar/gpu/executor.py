@@ -250,5 +250,5 @@ class GpuExecutor:
     def close(self) -> None:
         """Local. The workspace is given back unless a call went wrong: then packets may still come in."""
         torch.cuda.synchronize(self.device)
-        if self.failure.kind == 0:
+        if self.failure.kind == kernel.NO_FAILURE:
             self._workspace.release()

@@ -13,6 +13,7 @@ from nvrar.errors import NvrarError
 from nvrar.gpu.layout import Format, LaunchShape, Rows, num_units
 from nvrar.plan import Plan
 
+NO_FAILURE, PEER_MISSING, OTHER_CALL = range(3)  # FailureKind of csrc/wait.cuh
 _MOST_TICKS = 2**31 - 1  # deadlines are compared as signed differences; about 26 days
 
 
@@ -64,8 +65,8 @@ def args_type_of(plan: Plan) -> type[ctypes.Structure]:
 
 
 class Failure(ctypes.Structure):
-    """``Failure`` of csrc/wait.cuh. ``kind`` 0: nothing happened; 1: a peer did not come; 3: a peer made
-    another call."""
+    """``Failure`` of csrc/wait.cuh. ``kind`` is PEER_MISSING, OTHER_CALL, or NO_FAILURE until all
+    the rest is written."""
 
     _fields_ = tuple(
         (name, ctypes.c_uint32) for name in ("kind", "level", "digit", "epoch", "call")

@@ -15,6 +15,7 @@ from nvrar.cost import Machine
 from nvrar.errors import NvrarError
 from nvrar.gpu.algorithms import LL_PART_BYTES, NVLINK, Algorithm
 from nvrar.gpu.executor import GpuExecutor, Prepared
+from nvrar.gpu.kernel import NO_FAILURE
 from nvrar.gpu.layout import LL, LL128, num_parts, shapes_worth_trying
 from nvrar.hardware import device_name
 from nvrar.host import type_name
@@ -89,7 +90,7 @@ class GpuLab:
 
     def failure(self) -> str:
         torch.cuda.synchronize()
-        if self._executor is not None and self._executor.failure.kind:
+        if self._executor is not None and self._executor.failure.kind != NO_FAILURE:
             level = self._executor.failure.level
             return f"a wait at level {level} did not end within {_BUDGET_S:g} s"
         return ""

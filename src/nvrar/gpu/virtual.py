@@ -190,10 +190,12 @@ class VirtualCluster:
         torch.cuda.synchronize()
         for position, failure in enumerate(self._failure.tolist()):
             kind, level, digit, epoch, _ = failure
-            if kind:
+            if kind != kernel.NO_FAILURE:
                 peer = self.plan.members(position, level)[digit]
+                why = (
+                    "it made another call" if kind == kernel.OTHER_CALL else "no data came in time"
+                )
                 raise PeerTimeout(
-                    f"virtual rank {position} gave up on {peer} at level {level} of call {epoch} "
-                    f"(kind {kind})",
+                    f"virtual rank {position} gave up on {peer} at level {level} of call {epoch}: {why}",
                     rank=position, peers=(peer,), epoch=epoch, level=level,
                 )  # fmt: skip

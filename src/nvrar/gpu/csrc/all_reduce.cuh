@@ -39,7 +39,7 @@ inline void all_reduce(const Args<Plan>& args) {
         column.finish();
     }
     column.conclude(first, step);
-    leave(args.control, entry);
+    leave(args, entry);
 }
 
 }  // namespace nvrar

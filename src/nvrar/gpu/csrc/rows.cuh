@@ -49,7 +49,7 @@ struct Team {
         const u32 here = u32(__cvta_generic_to_shared(address));
         u32 there;
         asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(member));
-        asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
+        asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
     }
 
   private:
@@ -141,8 +141,7 @@ class Rows {
     // 1 / sqrt(mean of squares + eps) of the row, once all its units are stored, by whichever thread; false
     // if one is not to be had. `ok`: whether this thread has stored its own.
     bool find_scale(bool ok, float& scale) {
-        const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8;
-        const u32 chunks = (words + kChunkWords - 1) / kChunkWords;
+        const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8, chunks = num_chunks();
         bool failed = false;
         float total = 0;
         if constexpr (kIsChunk) {
@@ -229,9 +228,14 @@ class Rows {
 
     void tell(int part, u32 unit, float squares, bool failed) {
         const u32 units = args_.norm.row_units, lane = threadIdx.x % 32;
+        const u32 chunk = part * units + unit - row_ * units;
+        // Of a unit behind the row's end nobody waits for the mark, so a member may have left before it came.
+        if (Plan::kParts > 1 && chunk >= num_chunks()) return;
         const u64 mark = u64(turn_ | (failed ? kFailed : 0)) << 32 | __float_as_uint(squares);
-        if (lane < Team::size()) Team::store(lane, marks() + part * units + unit - row_ * units, mark);
+        if (lane < Team::size()) Team::store(lane, marks() + chunk, mark);
     }
+
+    u32 num_chunks() const { return (args_.norm.row_bytes / 8 + kChunkWords - 1) / kChunkWords; }
 
     // Two sets, used in turn: a warp may be one row ahead of another, but no more, as it takes a mark of each
     // to go on.
@@ -317,6 +321,8 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
         tensor.next_turn();
     }
     column.leave_word();
+    // All teammates with a unit fail at the same row. None may leave while marks of it are told anew.
+    if (Tensor::kIsChunk && row < rows && Team::size() > 1) Team::meet();
     // Nothing that looks like a result may stand where the result is not to be had.
 #pragma unroll 1
     for (; row < rows; row += row_step)
@@ -324,7 +330,7 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
             for (int part = 0; part < Plan::kParts; part++)
                 if (unit < (row + 1) * units) tensor.poison(part, unit);
         });
-    leave(args.control, entry);
+    leave(args, entry);
 }
 
 }  // namespace nvrar

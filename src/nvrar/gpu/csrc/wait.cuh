@@ -14,9 +14,11 @@ struct Control {
     u32 unused;
 };
 
+enum FailureKind : u32 { kNoFailure = 0, kPeerMissing = 1, kOtherCall = 2 };
+
 // One per communicator and rank, in memory that the host reads. Kept in step with nvrar/gpu/kernel.py.
 struct Failure {
-    u32 kind;  // an Arrival: kMissing for a peer that did not come, kForeign for one in another call
+    u32 kind;  // kNoFailure until all the rest is written
     u32 level;
     u32 digit;  // of the peer
     u32 epoch;
@@ -107,10 +109,13 @@ inline Entry enter(Control* control) {
     return {epoch, broken != 0, ticket};
 }
 
-inline void leave(Control* control, const Entry& entry) {
+// A launch that hears of no peer uses up no epoch: two calls that do would else follow each other in the same
+// inbox, and nothing would tell that the peers are through with the first.
+template <class Plan>
+inline void leave(const Args<Plan>& args, const Entry& entry) {
     if (entry.ticket != gridDim.x) return;
-    control->arrived = 0;
-    control->epoch = next_epoch(entry.epoch);
+    args.control->arrived = 0;
+    if constexpr (Plan::kNumLevels > 0) args.control->epoch = next_epoch(entry.epoch);
 }
 
 // What one wait found.
@@ -149,7 +154,7 @@ inline void report(const Args<Plan>& args, u32 epoch, u32 level, Found found) {
     failure->epoch = epoch;
     failure->call = args.call;
     __threadfence_system();
-    failure->kind = 1 + u32(found.arrival);  // written last: 0 is "nothing happened"
+    failure->kind = found.arrival == Arrival::kForeign ? kOtherCall : kPeerMissing;
 }
 
 }  // namespace nvrar
