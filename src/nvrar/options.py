@@ -42,10 +42,14 @@ class Options:
 
     def check(self, num_ranks: int) -> None:
         """Raises a NvrarError for a value that cannot work, before any other rank is asked."""
-        if self.wait_s() != self.timeout_s:
+        if self.wait_s() is not self.timeout_s:
             raise ArgumentError(f"timeout_s is {self.timeout_s!r}; it must be a time above 0")
-        if not isinstance(self.max_bytes, int) or self.max_bytes < 0:
+        if not _is_number(self.max_bytes, int) or self.max_bytes < 0:
             raise ArgumentError(f"max_bytes is {self.max_bytes!r}; it must be 0 or more bytes")
+        if not isinstance(self.deterministic, bool):
+            raise ArgumentError(
+                f"deterministic is {self.deterministic!r}; it must be True or False"
+            )
         if self.wire_dtype not in (None, torch.float32):
             raise ArgumentError(
                 f"wire_dtype is {self.wire_dtype}; it must be torch.float32 or None"
@@ -64,7 +68,7 @@ class Options:
 
     def wait_s(self) -> float:
         """How long to wait for others even where ``timeout_s`` is refused: they are to be told."""
-        valid = isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf
+        valid = _is_number(self.timeout_s, int, float) and 0 < self.timeout_s < math.inf
         return self.timeout_s if valid else 30.0
 
     def _check_topology(self, num_ranks: int) -> None:
@@ -84,7 +88,6 @@ class Options:
     def _shown(self) -> dict[str, str]:
         shown = {field.name: repr(getattr(self, field.name)) for field in fields(self)}
         shown["plan"] = str(self.plan)  # a Plan and its word are the same request
-        shown["deterministic"] = str(bool(self.deterministic))
         return {"version": __version__, **shown}
 
 
@@ -138,6 +141,10 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
         found = _tables(group, executor, devices, topology, options.timeout_s)
     link = backend_of(group, "cpu")
     return Agreement(said[0]["name"], topology, lack, link, tuple(found))
+
+
+def _is_number(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)  # True is an int to Python
 
 
 def _tables(

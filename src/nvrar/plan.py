@@ -15,14 +15,14 @@ Rabenseifner and Gropp 2005). Pure: values in, values out. The executors only ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from math import prod
 from typing import Literal, get_args
 
-from nvrar.errors import PlanError
+from nvrar.errors import PlanError, TopologyError
 from nvrar.topology import Topology
 
 Mode = Literal["exchange", "split"]
@@ -40,8 +40,10 @@ class Level:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise PlanError(f"mode {self.mode!r} is neither 'exchange' nor 'split'")
-        if self.radix < 2:
-            raise PlanError(f"radix {self.radix} of a level; it must be at least 2 (leave 1 out)")
+        if not isinstance(self.radix, int) or self.radix < 2:  # True is below 2
+            raise PlanError(
+                f"radix {self.radix!r} of a level; it must be a whole number of at least 2 (leave 1 out)"
+            )
 
     def __str__(self) -> str:
         return f"{self.mode}:{self.radix}"
@@ -87,7 +89,12 @@ class Plan:
     levels: tuple[Level, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.levels, (str, Level)) or not isinstance(self.levels, Iterable):
+            raise PlanError(f"levels are {self.levels!r}; give Levels, or a word to Plan.parse")
         object.__setattr__(self, "levels", tuple(self.levels))  # plans are keys of caches
+        wrong = [level for level in self.levels if not isinstance(level, Level)]
+        if wrong:
+            raise PlanError(f"{wrong[0]!r} is no Level, such as Level('split', 4)")
 
     @property
     def world_size(self) -> int:
@@ -162,6 +169,8 @@ class Plan:
         Raises:
             PlanError: the word does not read as levels ``exchange:K`` and ``split:K`` with K >= 2.
         """
+        if not isinstance(word, str):
+            raise PlanError(f"plan is {word!r}; it must be a word, such as 'split:4 exchange:2'")
         tokens = word.split()
         if tokens == [IDENTITY]:
             return cls(())
@@ -187,7 +196,14 @@ class Plan:
 
         Raises:
             PlanError: an unknown name.
+            TopologyError: no Topology.
         """
+        if name not in PLAN_NAMES:
+            raise PlanError(f"no plan is named {name!r}; the names are {', '.join(PLAN_NAMES)}")
+        if not isinstance(topology, Topology):
+            raise TopologyError(
+                f"topology is {topology!r}; it must be a Topology, such as Topology.parse('2x4')"
+            )
         nodes, ranks = topology.num_nodes, topology.ranks_per_node
         words: dict[str, list[tuple[Mode, int]]] = {
             "one-shot": [("exchange", topology.world_size)],
@@ -196,8 +212,6 @@ class Plan:
             "direct": [("split", ranks), ("exchange", nodes)],
             "halving-doubling": [("split", ranks), *(("split", k) for k in prime_factors(nodes))],
         }
-        if name not in words:
-            raise PlanError(f"no plan is named {name!r}; the names are {', '.join(PLAN_NAMES)}")
         return cls(tuple(Level(mode, radix) for mode, radix in words[name] if radix > 1))
 
     @classmethod

@@ -77,7 +77,13 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str) -> Topology:
-        """``"2x4"`` as two nodes of four ranks."""
+        """``"2x4"`` as two nodes of four ranks.
+
+        Raises:
+            TopologyError: anything else.
+        """
+        if not isinstance(text, str):
+            raise TopologyError(f"topology {text!r} is no text such as '2x4'")
         nodes, separator, ranks = text.lower().partition("x")
         if not (separator and nodes.strip().isdecimal() and ranks.strip().isdecimal()):
             raise TopologyError(f"topology {text!r} is not NODESxRANKS_PER_NODE, such as 2x4")

@@ -185,6 +185,9 @@ BAD: list[tuple[dict[str, Any], type[NvrarError], str]] = [
     ({"timeout_s": 0}, ArgumentError, "timeout_s is 0; it must be a time above 0"),
     ({"timeout_s": float("inf")}, ArgumentError, "timeout_s is inf; it must be"),
     ({"timeout_s": "5"}, ArgumentError, "timeout_s is '5'; it must be"),
+    ({"timeout_s": True}, ArgumentError, "timeout_s is True; it must be"),
+    ({"max_bytes": True}, ArgumentError, "max_bytes is True; it must be 0 or more bytes"),
+    ({"deterministic": "no"}, ArgumentError, "deterministic is 'no'; it must be True or False"),
     ({"max_bytes": -1}, ArgumentError, "max_bytes is -1; it must be 0 or more bytes"),
     ({"max_bytes": object}, ArgumentError, "max_bytes is <class 'object'>; it must be"),
     (

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvrar.errors import PlanError
+from nvrar.errors import PlanError, TopologyError
 from nvrar.plan import PLAN_NAMES, Level, Plan, parts, prime_factors
 from nvrar.topology import Topology
 
@@ -131,8 +131,8 @@ def test_prime_factors(number: int) -> None:
         ("split:4 ring:2", "'ring:2' in plan 'split:4 ring:2' is not a level"),
         ("split:4,exchange:2", "is not a level"),
         ("split:-2", "is not a level"),
-        ("exchange:1", "radix 1 of a level; it must be at least 2"),
-        ("split:0", "radix 0 of a level; it must be at least 2"),
+        ("exchange:1", "radix 1 of a level; it must be a whole number of at least 2"),
+        ("split:0", "radix 0 of a level; it must be a whole number of at least 2"),
         ("identity exchange:2", "'identity' in plan"),
         ("Split:4", "is not a level"),
         ("split:²", "is not a level"),
@@ -173,6 +173,30 @@ def test_an_unknown_name_gives_the_names() -> None:
         Plan.named("ring", Topology(2, 2))
     with pytest.raises(PlanError, match="mode 'ring' is neither 'exchange' nor 'split'"):
         Level("ring", 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, 3, ["nvrar"], b"split:2"])
+def test_what_is_no_text_is_neither_word_nor_name(value: object) -> None:
+    with pytest.raises(PlanError, match="it must be a word, such as"):
+        Plan.parse(value)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="no plan is named"):
+        Plan.named(value, Topology(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(TopologyError, match="it must be a Topology, such as"):
+        Plan.named("nvrar", value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "levels", [None, "split:2", Level("split", 2), ["split:2"], [("split", 2)]]
+)
+def test_levels_that_are_none(levels: object) -> None:
+    with pytest.raises(PlanError, match=r"Plan.parse|is no Level"):
+        Plan(levels)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("radix", [2.5, "2", None, True, 1])
+def test_a_radix_that_is_none(radix: object) -> None:
+    with pytest.raises(PlanError, match="it must be a whole number of at least 2"):
+        Level("split", radix)  # type: ignore[arg-type]
 
 
 def test_plans_are_values() -> None:
