@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from yalis.kernels import reference
+import kernel_reference as reference
 from yalis.kernels.activation import silu_and_mul
 from yalis.kernels.decode_attention import SPLIT, DecodeWorkspace, decode_attention, plan_decode
 from yalis.kernels.few_rows import multiply_few_rows, takes
@@ -138,6 +138,7 @@ def few_rows(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def attentions(device: torch.device, dtype: torch.dtype) -> None:
+    """Of contexts with splits of several lengths, of all that is before a token and of windows."""
     seq_lens = [1, 0, SPLIT, SPLIT + 1, 40, 2 * SPLIT + 190, 33, SPLIT - 1, 300, 15]
     num_new = [1, 0, 1, 1, 40, 1, 1, 1, 290, 2]
     for num_heads, num_kv_heads, head_dim in [
@@ -151,18 +152,25 @@ def attentions(device: torch.device, dtype: torch.dtype) -> None:
         q, caches, tables, starts, lens = paged(
             seq_lens, num_new, num_heads, num_kv_heads, head_dim, device=device, dtype=dtype
         )
-        expected = reference.attention(q, *caches, tables, starts, lens, scale=head_dim**-0.5)
+        # One more sequence than there are; two splits where there would be three.
         workspace = DecodeWorkspace.allocate(
-            len(seq_lens), max(seq_lens), num_heads, num_kv_heads, head_dim, device
-        )
-        out = torch.zeros(q.shape, dtype=dtype, device=device)
-        attend(q, caches, tables, starts, lens, workspace, out)
-        in_triton = torch.zeros_like(out)
-        attend(q, caches, tables, starts, lens, workspace, in_triton, in_triton=True)
-        near(in_triton, out, units=16 if dtype == torch.float32 else 2, scale=0.5)
-        # The weights are rounded to the type before they meet the values.
-        near(out, expected, units=16 if dtype == torch.float32 else 2, scale=0.5)
-        assert not workspace.tickets.any()
+            len(seq_lens) + 1, max(seq_lens), num_heads, num_kv_heads, head_dim, device,
+            windows=(None, 50, SPLIT + 100) if head_dim <= 80 else (None,), most_splits=2,
+        )  # fmt: skip
+        for window in workspace.split_starts:
+            expected = reference.attention(
+                q, *caches, tables, starts, lens, scale=head_dim**-0.5, window=window
+            )
+            out = torch.zeros(q.shape, dtype=dtype, device=device)
+            attend(q, caches, tables, starts, lens, workspace, out, window=window)
+            in_triton = torch.zeros_like(out)
+            attend(
+                q, caches, tables, starts, lens, workspace, in_triton, window=window, in_triton=True
+            )
+            near(in_triton, out, units=16 if dtype == torch.float32 else 2, scale=0.5)
+            # The weights are rounded to the type before they meet the values.
+            near(out, expected, units=16 if dtype == torch.float32 else 2, scale=0.5)
+            assert not workspace.tickets.any()
 
 
 def paged(
@@ -203,14 +211,16 @@ def attend(
     workspace: DecodeWorkspace,
     out: Tensor,
     *,
+    window: int | None = None,
     in_triton: bool = False,
 ) -> None:
     scale = q.shape[-1] ** -0.5
     plan_decode(starts, lens, workspace)
     decode_attention(
-        q, *caches, tables, starts, lens, workspace, out, scale=scale, in_triton=in_triton
-    )
-    prefill_attention(q, *caches, tables, starts, lens, out, scale=scale)
+        q, *caches, tables, starts, lens, workspace, out,
+        scale=scale, window=window, in_triton=in_triton,
+    )  # fmt: skip
+    prefill_attention(q, *caches, tables, starts, lens, out, scale=scale, window=window)
 
 
 def attention_alone(device: torch.device, dtype: torch.dtype) -> None:

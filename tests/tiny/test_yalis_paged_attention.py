@@ -71,10 +71,10 @@ def outputs(backend: AttentionBackend, layer: AttentionLayer) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("has_qk_norm", [False, True])
-def test_outputs_are_those_of_torch(has_qk_norm: bool) -> None:
+@pytest.mark.parametrize(("has_qk_norm", "window"), [(False, None), (True, None), (False, 5)])
+def test_outputs_are_those_of_torch(has_qk_norm: bool, window: int | None) -> None:
     weights = [1 + torch.arange(16) / 16, 2 - torch.arange(16) / 16] if has_qk_norm else [None] * 2
-    layer = AttentionLayer(1, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
+    layer = AttentionLayer(1, window, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
     paged = PagedAttention(
         SHAPE,
         NUM_BLOCKS + 1,
@@ -82,6 +82,7 @@ def test_outputs_are_those_of_torch(has_qk_norm: bool) -> None:
         num_heads=NUM_HEADS,
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
+        windows=(None, 5),
     )
     wanted = outputs(SdpaAttention(SHAPE, NUM_BLOCKS + 1, CPU), layer)
     for found, theirs in zip(outputs(paged, layer), wanted, strict=True):

@@ -24,7 +24,7 @@ def make_attention(
     windows: Sequence[int | None],
 ) -> AttentionBackend:
     """A backend with its cache of `num_blocks`. `num_heads` are this rank's; `windows` as in `Traits`."""
-    reason = _why_not_paged(shape, device, max_model_len, windows)
+    reason = _why_not_paged(shape, device)
     if reason is None:
         from yalis.attention.paged import PagedAttention
 
@@ -35,6 +35,7 @@ def make_attention(
             num_heads=num_heads,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
+            windows=windows or (None,),
         )
     if reason:
         logging.getLogger("yalis").warning(
@@ -43,14 +44,10 @@ def make_attention(
     return SdpaAttention(shape, num_blocks, device)
 
 
-def _why_not_paged(
-    shape: CacheShape, device: torch.device, max_model_len: int, windows: Sequence[int | None]
-) -> str | None:
+def _why_not_paged(shape: CacheShape, device: torch.device) -> str | None:
     """None if the kernels serve; empty where nobody would expect it."""
     if device.type != "cuda" or not has_kernels():
         return ""
     if shape.dtype == torch.float32:
         return 'the dtype is float32; use dtype="bfloat16"'
-    if any(window is not None and window < max_model_len for window in windows):
-        return f"the model has sliding windows; set max_model_len to at most {min(filter(None, windows))}"
     return None

@@ -2,11 +2,12 @@
 """Attention on a GPU: one launch stores all sequences' keys and values, one or two attend for all of them.
 
 The kernels read lengths and blocks on the device, so a step waits for nothing and can be captured in a CUDA
-graph. For 16-bit types and layers that see everything before them; `sdpa.py` serves the others.
+graph. For 16-bit types; `sdpa.py` serves float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,16 @@ class PagedAttention:
         num_heads: int,
         max_num_seqs: int,
         max_model_len: int,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        """`num_heads` are this rank's; `windows` of the layers, as in `AttentionLayer`."""
         size = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
         self._keys = torch.empty(size, dtype=shape.dtype, device=device)
         self._values = torch.empty(size, dtype=shape.dtype, device=device)
         self._workspace = DecodeWorkspace.allocate(
-            max_num_seqs, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device
-        )
+            max_num_seqs, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device,
+            windows=windows,
+        )  # fmt: skip
 
     def prepare(self, metadata: AttentionMetadata) -> PagedStep:
         plan_decode(metadata.query_starts, metadata.seq_lens, self._workspace)
@@ -65,7 +69,7 @@ class PagedStep:
         where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
         scale = q.shape[-1] ** -0.5
         # A chunk of one token is a decode to the kernels: where there are chunks, both are asked.
-        decode_attention(q, *where, self.workspace, out, scale=scale)
+        decode_attention(q, *where, self.workspace, out, scale=scale, window=layer.window)
         if at.max_query_len > 1:
-            prefill_attention(q, *where, out, scale=scale)
+            prefill_attention(q, *where, out, scale=scale, window=layer.window)
         return out

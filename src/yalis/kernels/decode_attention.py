@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one new token per sequence over a paged cache (flash-decoding), in one launch.
 
-A context is cut into splits of SPLIT tokens, counted from its start. A fixed number of programs share the
-splits of all sequences, so one captured launch serves any lengths, and none is idle while another has a
-long context. Of a sequence's splits the program that ends last adds all partial results, in order: the
-bits follow from the sequence alone, not from what runs beside it or who ends last.
+What a token sees, its context or a window of it, is cut into splits of SPLIT tokens, or so many times
+twice as many that a sequence has no more than `most_splits`. A fixed number of programs share the splits
+of all sequences, so one captured launch serves any lengths, and none is idle while another has a long
+context. Of a sequence's splits the program that ends last adds all partial results, in order: the bits
+follow from the sequence alone, not from what runs beside it or who ends last.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,10 @@ from yalis.kernels.launch import begin, launch_options, wait
 
 SPLIT = 256
 _TILE = 64
+# Splits of one sequence, those of all its key-value heads together: enough for every multiprocessor.
+_MOST_PARTS = 512
+# More tokens than any context has.
+_EVERYTHING = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class DecodeWorkspace:
     One may serve any number of layers, one after the other, on one stream.
     """
 
-    split_starts: Tensor  # [max_num_seqs + 1] int32: how many splits the sequences before have
+    # By window [max_num_seqs + 1] int32: how many splits the sequences before have.
+    split_starts: dict[int | None, Tensor]
+    most_splits: int  # of a sequence
     tickets: Tensor  # [max_num_seqs, num_kv_heads] int32: how many splits are done; zero between launches
     sums: Tensor  # [num_splits, num_heads, head_dim] float32
     norms: Tensor  # [num_splits, num_heads, 2] float32: greatest score and sum of exponentials
@@ -44,11 +52,17 @@ class DecodeWorkspace:
         num_kv_heads: int,
         head_dim: int,
         device: torch.device,
+        *,
+        windows: Sequence[int | None] = (None,),
+        most_splits: int | None = None,
     ) -> DecodeWorkspace:
-        num_splits = max_num_seqs * triton.cdiv(max_len, SPLIT)
+        """For layers with these windows: how many tokens one sees, itself included, or None for all."""
+        most_splits = most_splits or max(_MOST_PARTS // num_kv_heads, 1)
+        num_splits = max_num_seqs * min(triton.cdiv(max_len, SPLIT), most_splits)
         f32, i32 = torch.float32, torch.int32
         return cls(
-            torch.zeros(max_num_seqs + 1, dtype=i32, device=device),
+            {w: torch.zeros(max_num_seqs + 1, dtype=i32, device=device) for w in set(windows)},
+            most_splits,
             torch.zeros((max_num_seqs, num_kv_heads), dtype=i32, device=device),
             torch.empty((num_splits, num_heads, head_dim), dtype=f32, device=device),
             torch.empty((num_splits, num_heads, 2), dtype=f32, device=device),
@@ -56,16 +70,22 @@ class DecodeWorkspace:
 
 
 def plan_decode(query_starts: Tensor, seq_lens: Tensor, workspace: DecodeWorkspace) -> None:
-    """Count the splits of each sequence; once a step, before the layers. Capturable.
+    """Count the splits of each sequence, for every window; once a step, before the layers. Capturable.
 
     query_starts `[num_seqs + 1]` and seq_lens `[num_seqs]`, int32, as `decode_attention` takes them.
     """
-    num_seqs = seq_lens.shape[0]
-    _plan_kernel[(1,)](
-        query_starts, seq_lens, workspace.split_starts, num_seqs,
-        SPLIT=SPLIT, BLOCK=triton.next_power_of_2(num_seqs), num_warps=4,
-        **launch_options(seq_lens.device),
-    )  # fmt: skip
+    for window, split_starts in workspace.split_starts.items():
+        _plan_kernel[(1,)](
+            query_starts, seq_lens, split_starts, seq_lens.shape[0], window or _EVERYTHING,
+            SPLIT=SPLIT, MOST_SPLITS=workspace.most_splits, BLOCK=_room(split_starts), num_warps=4,
+            **launch_options(seq_lens.device),
+        )  # fmt: skip
+
+
+def _room(split_starts: Tensor) -> int:
+    """How many sequences a kernel looks through. The same for all batches: none is compiled for one."""
+    num_seqs: int = triton.next_power_of_2(split_starts.shape[0] - 1)
+    return num_seqs
 
 
 def decode_attention(
@@ -79,6 +99,7 @@ def decode_attention(
     out: Tensor,
     *,
     scale: float,
+    window: int | None = None,
     num_programs: int | None = None,
     num_stages: int = 3,
     in_triton: bool = False,
@@ -89,14 +110,16 @@ def decode_attention(
     `[num_blocks, block_size, num_kv_heads, head_dim]` of equal strides, the last 1. block_tables
     `[num_seqs, max_num_blocks]` int32. query_starts `[num_seqs + 1]` int32: a sequence's first row in q;
     seq_lens `[num_seqs]` int32: its context with the new token, 0 for a sequence that is padding.
-    `plan_decode` comes before, on the same stream. Capturable. `in_triton` asks for the kernel below even
-    where `warp_attention` has a faster one.
+    `window` is one of the workspace's. `plan_decode` comes before, on the same stream. Capturable.
+    `in_triton` asks for the kernel below even where `warp_attention` has a faster one.
     """
+    split_starts = workspace.split_starts[window]
     if not in_triton and warp_attention.takes(q, key_cache, value_cache):
         warp_attention.attend(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
-            workspace.split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
-            split=SPLIT, scale=scale, num_programs=num_programs,
+            split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
+            split=SPLIT, most_splits=workspace.most_splits, window=window or _EVERYTHING,
+            scale=scale, num_programs=num_programs,
         )  # fmt: skip
         return
     num_seqs = seq_lens.shape[0]
@@ -106,13 +129,14 @@ def decode_attention(
     num_programs = num_programs or _num_programs(q.device, num_kv_heads)
     _decode_kernel[(num_kv_heads, num_programs)](
         q, key_cache, value_cache, block_tables, query_starts, seq_lens,
-        workspace.split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
-        num_seqs, scale * 1.4426950408889634,
+        split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
+        num_seqs, window or _EVERYTHING, scale * 1.4426950408889634,
         q.stride(0), block_tables.stride(0), block_tables.shape[1],
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16), BLOCK_DIM=triton.next_power_of_2(head_dim),
-        BLOCK_SEQS=triton.next_power_of_2(num_seqs), SPLIT=SPLIT, TILE=_TILE, NUM_STAGES=num_stages,
+        BLOCK_SEQS=_room(split_starts), SPLIT=SPLIT, MOST_SPLITS=workspace.most_splits, TILE=_TILE,
+        NUM_STAGES=num_stages,
         num_warps=4, **launch_options(q.device),
     )  # fmt: skip
 
@@ -126,9 +150,19 @@ def _num_programs(device: torch.device, num_kv_heads: int) -> int:
 
 
 @triton.jit
+def _split_length(num_seen, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr):
+    """The length of the splits of so many tokens, which follows from their number alone."""
+    length = num_seen * 0 + SPLIT
+    for _ in tl.static_range(12):  # up to a million tokens a split
+        length = tl.where(num_seen > length * MOST_SPLITS, 2 * length, length)
+    return length
+
+
+# What changes from step to step the compiler does not look at: nothing is compiled while serving.
+@triton.jit(do_not_specialize=["num_seqs", "window"])
 def _plan_kernel(
-    query_starts, seq_lens, split_starts, num_seqs,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    query_starts, seq_lens, split_starts, num_seqs, window,
+    SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
@@ -136,21 +170,23 @@ def _plan_kernel(
     mask = seq < num_seqs
     first = tl.load(query_starts + seq, mask, other=0)
     is_decode = tl.load(query_starts + seq + 1, mask, other=0) - first == 1
-    num_splits = tl.cdiv(tl.load(seq_lens + seq, mask, other=0), SPLIT)
+    num_seen = tl.minimum(tl.load(seq_lens + seq, mask, other=0), window)
+    num_splits = tl.cdiv(num_seen, _split_length(num_seen, SPLIT, MOST_SPLITS))
     ends = tl.cumsum(tl.where(is_decode, num_splits, 0), 0)
     tl.store(split_starts + seq + 1, ends, mask)
     tl.store(split_starts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "window", "table_stride", "table_width"])
 def _decode_kernel(
     q, key_cache, value_cache, block_tables, query_starts, seq_lens,
     split_starts, tickets, sums, norms, out,
-    num_seqs, scale,
+    num_seqs, window, scale,
     q_stride, table_stride, table_width, cache_block_stride, cache_token_stride, cache_head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SEQS: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr, TILE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     seqs = tl.arange(0, BLOCK_SEQS)
@@ -173,11 +209,14 @@ def _decode_kernel(
         is_it = seqs == seq
         q_row = tl.sum(tl.where(is_it, rows, 0), 0).to(tl.int64)
         seq_len = tl.sum(tl.where(is_it, lens, 0), 0)
+        num_seen = tl.minimum(seq_len, window)
+        length = _split_length(num_seen, SPLIT, MOST_SPLITS)
+        start = seq_len - num_seen + (split - first_split) * length
         total, peak, norm = _attend(
             q + q_row * q_stride, key_cache, value_cache, block_tables + seq.to(tl.int64) * table_stride,
-            table_width, (split - first_split) * SPLIT, seq_len, scale, kv_head,
+            table_width, start, tl.minimum(start + length, seq_len), scale, kv_head,
             cache_block_stride, cache_token_stride, cache_head_stride,
-            GROUP, HEAD_DIM, BLOCK_SIZE, BLOCK_GROUP, BLOCK_DIM, SPLIT, TILE, NUM_STAGES,
+            GROUP, HEAD_DIM, BLOCK_SIZE, BLOCK_GROUP, BLOCK_DIM, TILE, NUM_STAGES,
         )  # fmt: skip
         group, dim = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM)
         mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -204,11 +243,10 @@ def _decode_kernel(
 
 @triton.jit
 def _attend(
-    q, key_cache, value_cache, block_table, table_width, start, seq_len, scale, kv_head,
+    q, key_cache, value_cache, block_table, table_width, start, end, scale, kv_head,
     cache_block_stride, cache_token_stride, cache_head_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split: sums of values weighted by exponentials, the greatest score and the sum of exponentials."""
     group, dim, token = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_DIM), tl.arange(0, TILE)
@@ -219,10 +257,10 @@ def _attend(
     peak = tl.full((BLOCK_GROUP,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_GROUP,), tl.float32)
     total = tl.zeros((BLOCK_GROUP, BLOCK_DIM), tl.float32)
-    for offset in tl.range(start, tl.minimum(start + SPLIT, seq_len), TILE, num_stages=NUM_STAGES):
+    for offset in tl.range(start, end, TILE, num_stages=NUM_STAGES):
         position = offset + token
-        is_there = position < seq_len
-        # Bounded by the table, not by seq_len, which is still on its way.
+        is_there = position < end
+        # Bounded by the table, not by the end, which is still on its way.
         entry = position // BLOCK_SIZE
         block = tl.load(block_table + entry, entry < table_width, other=0).to(tl.int64)
         at = block * cache_block_stride + position % BLOCK_SIZE * cache_token_stride

@@ -17,6 +17,7 @@ from yalis.kernels.launch import begin, launch_options, wait
 
 _NUM_ROWS = 128
 _TILE = 64
+_BLOCK_SEQS = 128
 
 
 def prefill_attention(
@@ -29,13 +30,15 @@ def prefill_attention(
     out: Tensor,
     *,
     scale: float,
+    window: int | None = None,
     num_warps: int = 8,
     num_stages: int = 3,
 ) -> None:
     """Write out for every sequence that has more than one new token; leave other rows alone.
 
-    Shapes as `decode_attention`'s. The new tokens of a sequence are the last of its context. Capturable: the
-    launch covers any lengths that sum to q's rows.
+    Shapes as `decode_attention`'s. The new tokens of a sequence are the last of its context; each sees as
+    many as `window` says, itself included, or all before it. Capturable: the launch covers any lengths that
+    sum to q's rows.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_seqs, num_kv_heads = seq_lens.shape[0], key_cache.shape[2]
@@ -44,23 +47,24 @@ def prefill_attention(
     num_tiles = num_tokens // num_queries + num_seqs
     _prefill_kernel[(num_tiles, num_kv_heads)](
         q, key_cache, value_cache, block_tables, query_starts, seq_lens, out,
-        num_seqs, scale * 1.4426950408889634,
+        num_seqs, window or 0, scale * 1.4426950408889634,
         q.stride(0), block_tables.stride(0), key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
         NUM_QUERIES=num_queries, BLOCK_GROUP=triton.next_power_of_2(group),
-        BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_SEQS=triton.next_power_of_2(num_seqs), TILE=_TILE,
-        NUM_STAGES=num_stages, num_warps=num_warps, **launch_options(q.device),
+        BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_SEQS=_BLOCK_SEQS, TILE=_TILE,
+        HAS_WINDOW=window is not None, NUM_STAGES=num_stages, num_warps=num_warps, **launch_options(q.device),
     )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step the compiler does not look at: nothing is compiled while serving.
+@triton.jit(do_not_specialize=["num_seqs", "window", "table_stride"])
 def _prefill_kernel(
     q, key_cache, value_cache, block_tables, query_starts, seq_lens, out,
-    num_seqs, scale,
+    num_seqs, window, scale,
     q_stride, table_stride, cache_block_stride, cache_token_stride, cache_head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NUM_QUERIES: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SEQS: tl.constexpr,
-    TILE: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, HAS_WINDOW: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin(PDL)
     wait(PDL)
@@ -68,9 +72,11 @@ def _prefill_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     # A sequence's tiles begin at query_start // NUM_QUERIES + its index: room for all, and no sum to make.
-    seqs = tl.arange(0, BLOCK_SEQS)
-    starts = tl.load(query_starts + seqs, seqs < num_seqs, other=0) // NUM_QUERIES + seqs
-    seq = tl.sum(((starts <= tile) & (seqs < num_seqs)).to(tl.int32), 0) - 1
+    seq = tl.cast(-1, tl.int32)
+    for first_seq in range(0, num_seqs, BLOCK_SEQS):
+        seqs = first_seq + tl.arange(0, BLOCK_SEQS)
+        starts = tl.load(query_starts + seqs, seqs < num_seqs, other=0) // NUM_QUERIES + seqs
+        seq += tl.sum(((starts <= tile) & (seqs < num_seqs)).to(tl.int32), 0)
     first_row = tl.load(query_starts + seq)
     num_new = tl.load(query_starts + seq + 1) - first_row
     first_query = (tile - first_row // NUM_QUERIES - seq) * NUM_QUERIES
@@ -94,8 +100,11 @@ def _prefill_kernel(
     peak = tl.full((NUM_QUERIES * BLOCK_GROUP,), float("-inf"), tl.float32)
     norm = tl.zeros((NUM_QUERIES * BLOCK_GROUP,), tl.float32)
     total = tl.zeros((NUM_QUERIES * BLOCK_GROUP, BLOCK_DIM), tl.float32)
+    begin_key = 0
+    if HAS_WINDOW:  # of the first query, which sees furthest back
+        begin_key = tl.maximum(seq_len - num_new + first_query + 1 - window, 0) // TILE * TILE
     end = tl.minimum(seq_len - num_new + first_query + NUM_QUERIES, seq_len)
-    for offset in tl.range(0, end, TILE, num_stages=NUM_STAGES):
+    for offset in tl.range(begin_key, end, TILE, num_stages=NUM_STAGES):
         key_position = offset + token
         is_there = key_position < end
         block = tl.load(block_table + key_position // BLOCK_SIZE, is_there, other=0).to(tl.int64)
@@ -104,8 +113,13 @@ def _prefill_kernel(
         key = tl.load(key_cache + at[:, None] + head_at[None, :], key_mask, other=0.0)
         value = tl.load(value_cache + at[:, None] + head_at[None, :], key_mask, other=0.0)
         score = tl.dot(queries, tl.trans(key)) * scale
-        score = tl.where(key_position[None, :] <= position[:, None], score, float("-inf"))
+        is_seen = key_position[None, :] <= position[:, None]
+        if HAS_WINDOW:
+            is_seen = is_seen & (key_position[None, :] > (position - window)[:, None])
+        score = tl.where(is_seen, score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 1))
+        if HAS_WINDOW:  # the window of a later query may begin in a later tile
+            new_peak = tl.maximum(new_peak, -1e30)
         weight = tl.exp2(score - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         norm = norm * shrink + tl.sum(weight, 1)

@@ -51,7 +51,8 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("split_starts", "tickets", "sums", "norms", "out")),
         *((name, ctypes.c_uint64) for name in ("q_stride", "token_stride", "head_stride")),
         ("table_stride", ctypes.c_uint64),
-        *((name, ctypes.c_uint32) for name in ("num_seqs", "num_kv_heads", "block_size", "split")),
+        *((name, ctypes.c_uint32) for name in ("num_seqs", "num_kv_heads", "block_size")),
+        *((name, ctypes.c_uint32) for name in ("split", "most_splits", "window")),
         ("scale", ctypes.c_float),
     )
 
@@ -86,10 +87,12 @@ def attend(
     out: Tensor,
     *,
     split: int,
+    most_splits: int,
+    window: int,
     scale: float,
     num_programs: int | None = None,
 ) -> None:
-    """`decode_attention` with its workspace's tensors, cut into splits of `split` tokens. Capturable."""
+    """`decode_attention` with its workspace's tensors, in splits of at least `split` tokens. Capturable."""
     num_kv_heads, block_size = key_cache.shape[2], key_cache.shape[1]
     # A block for each multiprocessor, which holds but one: more would wait for their turn.
     num_programs = num_programs or max(num_processors(q.device) // num_kv_heads, 1)
@@ -107,6 +110,8 @@ def attend(
         num_kv_heads,
         block_size,
         split,
+        most_splits,
+        window,
         scale * 1.4426950408889634,
     )
     spec = Spec(q.dtype, q.shape[2], q.shape[1] // num_kv_heads, arch_of(q.device))

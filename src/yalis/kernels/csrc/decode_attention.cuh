@@ -24,8 +24,10 @@ struct AttentionArgs {
     float *sums, *norms;
     u16* out;
     u64 q_stride, token_stride, head_stride, table_stride;  // bytes; of the table in entries
-    u32 num_seqs, num_kv_heads, block_size, split;
-    float scale;  // of scores, times log2(e)
+    u32 num_seqs, num_kv_heads, block_size;
+    u32 split, most_splits;  // how long a split is, or so many times twice as long that there are few enough
+    u32 window;              // how many tokens one sees, itself included
+    float scale;             // of scores, times log2(e)
 };
 
 template <class Number, int kHeadDim, int kGroup>
@@ -68,6 +70,12 @@ struct DecodeAttention {
             shared.len = len;
         }
         __syncthreads();
+    }
+
+    u32 split_length(u32 num_seen) const {
+        u32 length = args.split;
+        while (length * args.most_splits < num_seen) length *= 2;
+        return length;
     }
 
     void attend(Partial& part, const Vector (&q)[kSteps], u32 begin, u32 end) const {
@@ -242,8 +250,9 @@ struct DecodeAttention {
         const int num_all_splits = args.split_starts[args.num_seqs];
         for (int split = blockIdx.y; split < num_all_splits; split += gridDim.y) {
             find(split);
-            const u32 begin = (split - shared.first_split) * args.split;
-            const u32 end = min(begin + args.split, u32(shared.len));
+            const u32 num_seen = min(u32(shared.len), args.window), length = split_length(num_seen);
+            const u32 begin = shared.len - num_seen + (split - shared.first_split) * length;
+            const u32 end = min(begin + length, u32(shared.len));
             const char* from =
                 args.q + shared.row * args.q_stride + (kv_head * kGroup + group) * kHeadDim * 2;
             Vector q[kSteps] = {};

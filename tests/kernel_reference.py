@@ -1,29 +1,42 @@
-# SPDX-License-Identifier: Apache-2.0
-"""What each kernel computes, in plain torch: the specification that tests and the benchmark hold them to."""
+"""What yalis's kernels compute, in plain torch on a CPU: what `functional` specifies, and a paged cache."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+from yalis.layers import functional
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm(total, weight, eps), total
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of CPU copies, which no kernel of ours computes, its results back on the device."""
+
+    def compute(first: Tensor, *others: Any, **options: Any) -> Any:
+        arguments = [x.cpu() if isinstance(x, Tensor) else x for x in (first, *others)]
+        results = function(*arguments, **options)
+        if isinstance(results, tuple):
+            return tuple(result.to(first.device) for result in results)
+        return results.to(first.device)
+
+    return compute
 
 
+rms_norm = on_cpu(functional.rms_norm)
+add_rms_norm = on_cpu(functional.add_rms_norm)
+_prepare_heads = on_cpu(functional.prepare_heads)
+
+
+@on_cpu
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
+@on_cpu
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """In float64, rounded once."""
     y = x.double() @ weight.double().T
@@ -44,21 +57,12 @@ def rotate_and_store(
     k_weight: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    if q_weight is not None and k_weight is not None:
-        q.copy_(rms_norm(q, q_weight, eps))
-        k = rms_norm(k, k_weight, eps)
-    q.copy_(_rotate(q, cos, sin))
+    turned, k = _prepare_heads(q, k, cos, sin, q_weight, k_weight, eps)
+    q.copy_(turned)
     is_stored = slots >= 0
     block, offset = slots[is_stored] // key_cache.shape[1], slots[is_stored] % key_cache.shape[1]
-    key_cache[block, offset] = _rotate(k, cos, sin)[is_stored]
+    key_cache[block, offset] = k[is_stored]
     value_cache[block, offset] = v[is_stored]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    half = low.shape[-1]
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    return torch.cat((low * cos + -high * sin, high * cos + low * sin), dim=-1)
 
 
 def attention(
@@ -70,6 +74,7 @@ def attention(
     seq_lens: Tensor,
     *,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """All new tokens of all sequences, in float32, one sequence after the other."""
     out = torch.zeros_like(q)
@@ -84,7 +89,8 @@ def attention(
         values = value_cache[block, position % block_size].float()
         grouped = q[first:end].float().unflatten(1, (num_kv_heads, -1))
         scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
-        is_hidden = position[None, :] > position[seq_len - (end - first) :, None]
+        distance = position[seq_len - (end - first) :, None] - position[None, :]
+        is_hidden = (distance < 0) | (distance >= (window or seq_len))
         weights = scores.masked_fill(is_hidden, -torch.inf).softmax(-1)
         out[first:end] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2).to(q.dtype)
     return out
