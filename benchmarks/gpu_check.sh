@@ -1,44 +1,81 @@
 #!/usr/bin/env bash
-# Where we stand on the GPUs of this machine: correct first, then measured, in one call of some minutes.
-# Needs `pip install '.[cu13,dev]'`, and two or more GPUs for all but the virtual cluster.
+# Where nvrar stands on the GPUs of this machine: correct first, then measured, in one call of at most LIMIT_S
+# (570) seconds. One GPU does for the virtual cluster, two for all. Short lines go to the terminal; all that was
+# said, and the rows of the benches, to $OUT (default: a new folder). PARTS="checks bench" picks some.
+# Needs `pip install '.[cu13]' pytest pytest-timeout`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-out="${OUT:-.}"
+out=${OUT:-$(mktemp -d)}
+said=$(mktemp -d)
+trap 'rm -rf "$said"' EXIT
+deadline=$((SECONDS + ${LIMIT_S:-570}))
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-ranks() { timeout -k 5 "$1" python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" "${@:2}"; }
-checks() { ranks "$1" tests/dist/ranks_script.py "${@:2}" 2>&1 | grep -a -E 'passed|Error|assert'; }
-bench() { ranks "$1" -m nvrar.cli bench --device cuda --plans auto --timeout 20 "${@:2}" 2>/dev/null | grep -a -E '│|us'; }
 
-if [ "$gpus" -gt 1 ]; then
+# step LIMIT_S NAME PATTERN COMMAND...: shows the lines that match; of a failure also the last that was said.
+step() {
+    local limit=$1 name=$2 pattern=$3 start=$SECONDS left=$((deadline - SECONDS)) status log
+    shift 3
+    log=$(mktemp "$said/XXXXXX")
+    [ "$limit" -lt "$left" ] || limit=$left
+    if [ "$limit" -lt 10 ]; then
+        echo "$name: no time left" | tee -a "$said/failed"
+        return
+    fi
+    timeout -k 5 "$limit" "$@" >"$log" 2>&1
+    status=$?
+    {
+        echo "== $name: exit status $status, $((SECONDS - start)) s"
+        grep -a -E "$pattern" "$log" | cut -c1-180
+        [ $status = 0 ] || { grep -a -E 'Error|rror:|^E  ' "$log" | sort -u | tail -n 8 && tail -n 2 "$log"; } | cut -c1-240
+    } >"$log.short"
+    cat "$log.short" # at once: steps run side by side
+    [ $status = 0 ] || echo "$name: exit status $status" >>"$said/failed"
+    { cat "$log.short" && cat "$log"; } >>"$out/gpu_check.txt"
+}
+torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus"; }
+checks() { step "$1" "${*:3} on $2 ${NVRAR_TRANSPORT:-}" 'passed' $(torchrun) tests/dist/ranks_script.py "${@:2}"; }
+bench() { step "$1" "$2" '│|us of|\* ' $(torchrun) -m nvrar.cli bench --device cuda --plans auto --timeout 20 "${@:3}"; }
+tests() { step "$1" "$2" 'passed|failed|^FAILED|^ERROR' python3 -m pytest -q --tb=short -p no:cacheprovider "${@:3}"; }
+wanted() { case " ${PARTS:-checks bench alone} " in *" $1 "*) true ;; *) false ;; esac; }
+
+if [ "$gpus" -gt 1 ] && wanted checks; then
     for topology in "1x$gpus" "${gpus}x1"; do
         for transport in direct put; do
-            echo "== $topology, $transport"
             export NVRAR_TRANSPORT=$transport
             checks 100 "$topology" bits layouts graphs norm storm
             for alone in late mismatch; do checks 40 "$topology" $alone; done
         done
     done
     unset NVRAR_TRANSPORT
-    echo "== beside others"
     checks 60 "1x$gpus" streams groups memory
     checks 40 "1x$gpus" foreign_nvshmem
-    sizes=1K,4K,16K,64K,128K,256K
-    echo "== beside NCCL and symm_mem"
-    bench 120 --interleaved --sizes $sizes,512K,1M,2M,4M --json "$out/direct.jsonl"
-    echo "== put forced"
-    NVRAR_TRANSPORT=put bench 60 --no-peers --sizes $sizes --json "$out/put.jsonl"
-    echo "== large messages"
-    bench 60 --no-peers --max-bytes 8M --sizes 8M,16M,32M,64M
-    echo "== host time of a call"
-    bench 60 --no-peers --eager --sizes 16K
-    echo "== sum, residual and norm in one launch"
-    ranks 90 benchmarks/gpu_norm.py 2>/dev/null
 fi
-echo "== sanitizers"
-for tool in memcheck racecheck initcheck; do
-    timeout -k 5 90 compute-sanitizer --tool $tool --report-api-errors no \
-        python3 -m pytest -q tests/gpu -k "wraps or poisoned" 2>&1 | grep -a -E 'SUMMARY|passed|failed'
-done
-echo "== virtual cluster"
-timeout -k 5 "${VIRTUAL_S:-300}" python3 -m pytest -q -x tests/gpu 2>&1 | tail -5
+if [ "$gpus" -gt 1 ] && wanted bench; then
+    sizes=1K,4K,16K,64K,128K,256K
+    bench 120 "beside NCCL and symm_mem" --interleaved --sizes $sizes,512K,1M,2M,4M --json "$out/direct.jsonl"
+    NVRAR_TRANSPORT=put bench 60 "put forced" --no-peers --sizes $sizes --json "$out/put.jsonl"
+    bench 60 "large messages" --no-peers --max-bytes 8M --sizes 8M,16M,32M,64M
+    bench 60 "host time of a call" --no-peers --eager --sizes 16K
+    step 90 "sum, residual and norm in one launch" 'ours us|^ *[0-9]+ +[0-9]+ +[0-9.]+ ' $(torchrun) benchmarks/gpu_norm.py
+fi
+if [ "$gpus" -gt 0 ] && wanted alone; then
+    # Each on a GPU of its own where there are two.
+    (
+        export CUDA_VISIBLE_DEVICES=$((gpus - 1))
+        for tool in memcheck racecheck initcheck; do
+            # initcheck counts what torch does too, so that its number is for a reader.
+            code=$([ $tool = initcheck ] || echo --error-exitcode 9)
+            step 90 "$tool" 'SUMMARY|passed|failed' compute-sanitizer --tool $tool $code \
+                --report-api-errors no python3 -m pytest -q -p no:cacheprovider tests/gpu/test_virtual.py \
+                -k "wraps or poisoned"
+        done
+    ) &
+    [ "$gpus" -gt 1 ] || wait
+    CUDA_VISIBLE_DEVICES=0 tests 300 "virtual cluster" tests/gpu/test_virtual.py
+    wait
+    tests 120 "yalis's kernels" tests/gpu/test_kernels_on_gpu.py tests/gpu/test_yalis_model.py
+fi
+[ "$gpus" -gt 0 ] || echo "torch sees no GPU here" | tee -a "$said/failed"
+echo "== $SECONDS s in all"
+[ ! -s "$said/failed" ] || { echo "not right:" && cat "$said/failed" && exit 1; }
