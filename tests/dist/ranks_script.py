@@ -224,6 +224,21 @@ def check_norm() -> None:
         )
         assert torch.equal(compiled(static), expected[0])
         comm.check()
+    with communicator(
+        wire_dtype=torch.float32
+    ) as wide:  # a launch for the sum, and one for the rest
+        everyone = inputs_of_all(64 * 8192, torch.bfloat16).view(-1, 64, 8192)
+        x, weight = everyone[RANK], torch.ones(8192, dtype=torch.bfloat16, device=DEVICE)
+        total = reference_all_reduce(
+            everyone, wide.plan_for(x.nbytes), "sum", TOPOLOGY, torch.float32
+        )
+        expected = add_rms_norm(total, x, weight, 1e-5)
+        wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(500):
+            found = wide.all_reduce_add_rms_norm(x, x, weight, 1e-5)
+            wrong += sum((a != b).sum() for a, b in zip(found, expected, strict=True))
+        wide.check()
+        assert wrong.item() == 0
 
 
 def check_streams() -> None:
