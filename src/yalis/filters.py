@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distribution that a row of logits and its settings describe, and a draw from it.
 
-Probabilities are integers, so sums of them are exact and do not depend on who adds in which order: a row
-gives the same token in any batch and on any kind of device that computes the same exponentials.
+Every row is drawn by itself, so equal logits give the same token in any batch. The last bits of logits, which
+a batch may change, decide a draw hardly more often than they decide which token is the likeliest.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A weight of the likeliest token. Sums over 2**20 tokens stay far below 2**63, and a token less likely
-# than 2**-40 of it is never drawn.
+# What the likeliest token weighs where top-p adds up. Sums over 2**20 tokens stay far below 2**63.
 _ONE = 2.0**40
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -23,8 +22,9 @@ def num_to_rank(top_k: int, top_p: float, vocab_size: int) -> int:
     return vocab_size if top_p < 1 else 0
 
 
-def token_weights(logits: Tensor, settings: Tensor, num_ranked: int) -> Tensor:
-    """`[n, vocab]` int64: weights in proportion to the probabilities, after all filters.
+def kept_scores(logits: Tensor, settings: Tensor, num_ranked: int) -> Tensor:
+    """`[n, vocab]` float32: logarithms of the probabilities but for a constant of each row; -inf where a
+    filter drops the token.
 
     `settings` `[n, 4]`: temperature, min_p, top_k (0 is all), top_p. `num_ranked` is the most that
     `num_to_rank` says of a row. The order is vLLM's: temperature, min_p, top-k, top-p, each seeing only
@@ -44,15 +44,16 @@ def token_weights(logits: Tensor, settings: Tensor, num_ranked: int) -> Tensor:
         ranked = scaled(_ranked(logits, num_ranked))
         places = torch.arange(num_ranked, device=logits.device)
         is_kept = ((places < top_k) | (top_k == 0)) & (ranked >= lowest)
-        weights = _weights(ranked, is_kept)
+        # Integers, so that the sums are exact and do not depend on who adds in which order.
+        weights = (ranked.exp() * _ONE).masked_fill(~is_kept, 0).long()
         mass = weights.cumsum(dim=-1)
         # A token stays while those before it have not yet reached top_p; the first always stays.
         enough = (settings[:, 3:] * mass[:, -1:]).ceil().long()
         is_kept &= (mass - weights < enough) | (top_p >= 1)
         num_kept = is_kept.sum(dim=-1, keepdim=True).clamp(min=1)
         lowest = ranked.gather(1, num_kept - 1)
-    everything = scaled(logits)
-    return _weights(everything, everything >= lowest)
+    scores = scaled(logits)
+    return scores.masked_fill_(scores < lowest, -torch.inf)
 
 
 def _ranked(logits: Tensor, num_ranked: int) -> Tensor:
@@ -62,17 +63,28 @@ def _ranked(logits: Tensor, num_ranked: int) -> Tensor:
     return logits.sort(dim=-1, descending=True).values
 
 
-def draw_by_weight(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """`[n]` int64 indices into the rows of `weights`, at `uniforms` `[n]` float64 in [0, 1).
+def draw(scores: Tensor, keys: Tensor) -> Tensor:
+    """`[n]` int64 tokens, each in proportion to the exponentials of its row of `scores`.
 
-    The inverse of the cumulative distribution in the vocabulary's order: a last-bit difference in the
-    logits moves its steps by as little, where a sorted order would swap neighbours.
+    `keys` `[n, 2]`, integers of 32 bits with sign, make the row's noise. This is the Gumbel-max trick: the
+    token wins whose score and noise are the highest together. Its noise is its own, so a change of the
+    logits' last bits matters only where two are as close as that; in an inverted cumulative sum it
+    would move all tokens behind it.
     """
-    cumulative = weights.cumsum(dim=-1)
-    target = (uniforms.unsqueeze(1) * cumulative[:, -1:]).long()
-    token_ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return token_ids.clamp(max=weights.shape[-1] - 1)  # a row without any weight
+    size = scores.shape[-1]
+    factor, offset = torch.split(keys.int(), 1, dim=1)
+    bits = torch.arange(size, dtype=torch.int32, device=scores.device) * (factor | 1)
+    bits = _mix_(bits.add_(offset))
+    # Fine-grained near 0, for that is where the rare tokens win.
+    numbers = (
+        bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    )
+    exponentials = numbers.neg_().log1p_().neg_()
+    return (scores - exponentials.log_()).argmax(dim=-1)
 
 
-def _weights(scaled: Tensor, is_kept: Tensor) -> Tensor:
-    return (scaled.exp() * _ONE).masked_fill(~is_kept, 0).long()
+def _mix_(bits: Tensor) -> Tensor:
+    """Int32 hashes, in place: two rounds of multiply and xor-shift (constants: Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

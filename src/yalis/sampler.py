@@ -15,7 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from yalis.filters import draw_by_weight, num_to_rank, token_weights
+from yalis.filters import draw, kept_scores, num_to_rank
 from yalis.layers.functional import are_finite, likeliest
 from yalis.penalties import Penalties
 from yalis.sampling_params import Draw
@@ -86,8 +86,8 @@ class Sampler:
             token_ids = changed.argmax(dim=-1)
         for (num_ranked, _), table in zip(portions, on_device[2:], strict=True):
             rows = table[:, 0].long()
-            weights = token_weights(changed.index_select(0, rows), table[:, 2:], num_ranked)
-            token_ids.index_copy_(0, rows, draw_by_weight(weights, table[:, 1]))
+            scores = kept_scores(changed.index_select(0, rows), table[:, 3:], num_ranked)
+            token_ids.index_copy_(0, rows, draw(scores, table[:, 1:3]))
         if penalised:
             self._penalties.add(on_device[0], token_ids)
         return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
@@ -110,16 +110,16 @@ def _banned(draws: Sequence[Draw]) -> Table:
 def _portions(draws: Sequence[Draw], vocab_size: int) -> list[tuple[int, Table]]:
     """The rows to draw at random, and their settings, with equal needs together: (num_to_rank, table).
 
-    A row of a table is: row, uniform number, temperature, min_p, top_k, top_p.
+    A row of a table is: row, two keys, temperature, min_p, top_k, top_p.
     """
     table: Table = [
-        (row, uniform(d.seed, d.token_idx), p.temperature, p.min_p, max(p.top_k, 0), p.top_p)
+        (row, *draw_keys(d.seed, d.token_idx), p.temperature, p.min_p, max(p.top_k, 0), p.top_p)
         for row, d in enumerate(draws)
         if (p := d.params).temperature > 0
     ]
 
     def need(row: tuple[float, ...]) -> int:
-        return num_to_rank(int(row[4]), row[5], vocab_size)
+        return num_to_rank(int(row[5]), row[6], vocab_size)
 
     def kind(row: tuple[float, ...]) -> int:
         # One row that ranks the whole vocabulary must not make the others do so.
@@ -159,9 +159,10 @@ def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logpr
     return Logprobs(rows, drawn.squeeze(1), (logprobs > drawn).sum(dim=-1) + 1, top, top_ids)
 
 
-def uniform(seed: int, token_idx: int) -> float:
-    """The number in [0, 1) for a request's token: 48 bits, so its product with 1.0 stays below 1.0."""
-    return _mix(_mix(seed & _MASK) + token_idx & _MASK) / 2**48
+def draw_keys(seed: int, token_idx: int) -> tuple[int, int]:
+    """What makes the noise of a request's token: two integers of 32 bits with sign."""
+    mixed = _mix(_mix(seed & _MASK) + token_idx & _MASK)
+    return (mixed >> 32) - 2**31, (mixed & 2**32 - 1) - 2**31
 
 
 def request_seed(engine_seed: int, request_id: int) -> int:
@@ -170,8 +171,8 @@ def request_seed(engine_seed: int, request_id: int) -> int:
 
 
 def _mix(value: int) -> int:
-    """48 well-mixed bits of a 64-bit integer (the finaliser of the splitmix64 generator)."""
+    """A 64-bit integer well mixed (the finaliser of the splitmix64 generator)."""
     value = value + 0x9E3779B97F4A7C15 & _MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
-    return (value ^ value >> 31) >> 16
+    return value ^ value >> 31

@@ -14,7 +14,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from yalis.filters import num_to_rank, token_weights
+from yalis.filters import kept_scores, num_to_rank
 from yalis.penalties import Penalties
 
 pytestmark = pytest.mark.parity
@@ -54,8 +54,8 @@ def test_same_tokens_are_kept_with_the_same_probabilities(
     rows = [(row, row, repetition, 0.0, 0.0) for row in range(32)]
     penalties.apply_(logits, torch.tensor(rows, dtype=torch.float64))
     settings = torch.tensor([(temperature, min_p, top_k, top_p)] * 32, dtype=torch.float64)
-    weights = token_weights(logits, settings, num_to_rank(top_k, top_p, VOCAB))
-    got = weights.double() / weights.sum(dim=-1, keepdim=True)
+    scores = kept_scores(logits, settings, num_to_rank(top_k, top_p, VOCAB))
+    got = scores.double().softmax(dim=-1)
     # No two logits are equal here: of a tie at the edge theirs keeps some, ours all.
-    assert torch.equal(weights > 0, want > 0)
+    assert torch.equal(scores > -torch.inf, want > 0)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
