@@ -16,10 +16,16 @@ from yalis.options import EngineOptions
 _CPU_BYTES = 4 << 30
 
 
-def cache_bytes(options: EngineOptions, device: torch.device, warm_up: Callable[[], None]) -> int:
+def cache_bytes(
+    options: EngineOptions,
+    device: torch.device,
+    warm_up: Callable[[], None],
+    graph_bytes: Callable[[], int],
+) -> int:
     """The memory for this rank's cache: what was asked for, or on a GPU what the rest leaves free.
 
-    `warm_up` runs the largest step, so that its memory is left free too. Called on CUDA only.
+    `warm_up` runs the largest step, and `graph_bytes` says what CUDA graphs will take, so that room is left
+    for both. Called on CUDA only.
     """
     if options.kv_cache_memory_bytes is not None:
         return options.kv_cache_memory_bytes
@@ -30,11 +36,12 @@ def cache_bytes(options: EngineOptions, device: torch.device, warm_up: Callable[
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
     held, peak = stats["allocated_bytes.all.current"], stats["allocated_bytes.all.peak"]
+    for_graphs = graph_bytes()
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     # What others have, and CUDA itself, is neither free nor ours.
-    budget = options.gpu_memory_utilization * total - (total - free) - (peak - held)
+    budget = options.gpu_memory_utilization * total - (total - free) - (peak - held) - for_graphs
     return max(0, int(budget))
 
 

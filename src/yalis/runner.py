@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from yalis.attention.choice import make_attention
 from yalis.config import ModelConfig
 from yalis.core import Batch, NewBlocks
 from yalis.drawing import Drawing, Drawn, PendingStep
-from yalis.graphs import DecodeGraphs, capture_sizes
+from yalis.graphs import Decoded, DecodeGraphs, capture_sizes, num_bytes_of_graphs
 from yalis.inputs import InputPreparer, StepInputs, Uploaded
 from yalis.memory import cache_bytes, num_blocks_in
 from yalis.models.decoder import CausalLM
@@ -25,14 +25,6 @@ from yalis.trace import trace_on
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights
 from yalis.weights.loader import Progress, WeightSource, check_weights, load_weights
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Of each row of a step of decodes: the likeliest token, and this rank's share of the logits."""
-
-    token_ids: Tensor
-    share: Tensor
 
 
 class Runner:
@@ -60,13 +52,14 @@ class Runner:
         )
         tp.all_reduce.warm_up(dtype)
         tp.barrier()  # an all-reduce waits less long than a slow rank may load
-        num_bytes = tp.minimum(cache_bytes(options, device, self._warm_up), device)
-        self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
-        self._attention, self._inputs = self._make_cache(self.num_blocks)
         self._drawing = Drawing(
             tp, self.model.lm_head, options.max_num_seqs, config.vocab_size, device
         )
-        self._graphs_by_all_reduce: dict[str, DecodeGraphs[Decoded]] = {}
+        num_bytes = cache_bytes(options, device, self._warm_up, self._graph_bytes)
+        num_bytes = tp.minimum(num_bytes, device)
+        self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
+        self._attention, self._inputs = self._make_cache(self.num_blocks)
+        self._graphs_by_all_reduce: dict[str, DecodeGraphs] = {}
         self._graphs = self._captured(options.all_reduce, on_progress)
 
     @torch.inference_mode()
@@ -142,24 +135,28 @@ class Runner:
         share: Tensor = self.model.lm_head(hidden)
         return share
 
-    @torch.inference_mode()
     def _captured(
         self, all_reduce: str, on_progress: Progress | None = None
-    ) -> DecodeGraphs[Decoded] | None:
+    ) -> DecodeGraphs | None:
         """The graphs with the present all-reduce, which has this name; None where steps run eagerly."""
-        if not self._attention.is_capturable or self._options.enforce_eager:
+        if not self._uses_graphs:
             return None
-        if all_reduce in self._graphs_by_all_reduce:
-            return self._graphs_by_all_reduce[all_reduce]
+        if all_reduce not in self._graphs_by_all_reduce:
+            sizes = capture_sizes(self._options.max_num_seqs)
+            self._graphs_by_all_reduce[all_reduce] = self._capture(sizes, on_progress)
+        return self._graphs_by_all_reduce[all_reduce]
 
+    @property
+    def _uses_graphs(self) -> bool:
+        return self._attention.is_capturable and not self._options.enforce_eager
+
+    @torch.inference_mode()
+    def _capture(self, sizes: Sequence[int], on_progress: Progress | None = None) -> DecodeGraphs:
         def upload(num_rows: int) -> Uploaded:
             nothing = Batch(num_decodes=0, slots=(), num_cached=())
             return self._inputs.upload(nothing, num_rows=num_rows)
 
-        sizes = capture_sizes(self._options.max_num_seqs)
-        graphs = DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
-        self._graphs_by_all_reduce[all_reduce] = graphs
-        return graphs
+        return DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
 
     def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
         options, device = self._options, self._device
@@ -192,6 +189,16 @@ class Runner:
         head = self.model.lm_head
         head.gather(head(hidden[: self._options.max_num_seqs]))
         del self._attention, self._inputs
+
+    def _graph_bytes(self) -> int:
+        """What graphs will take, by those over a cache of one block. Collective."""
+        self._attention, self._inputs = self._make_cache(1)
+        num_bytes = 0
+        if self._uses_graphs:
+            sizes = capture_sizes(self._options.max_num_seqs)
+            num_bytes = num_bytes_of_graphs(sizes, self._capture, self._device)
+        del self._attention, self._inputs
+        return num_bytes
 
 
 def largest_batch(options: EngineOptions, max_model_len: int) -> Batch:
