@@ -50,6 +50,9 @@ if [ "$gpus" -gt 1 ] && wanted checks; then
     unset NVRAR_TRANSPORT
     checks 60 "1x$gpus" streams groups memory
     checks 40 "1x$gpus" foreign_nvshmem
+    for example in all_reduce graph; do
+        step 60 "examples/$example.py" 'nvrar.Communicator' $(torchrun) examples/$example.py
+    done
 fi
 if [ "$gpus" -gt 1 ] && wanted bench; then
     sizes=1K,4K,16K,64K,128K,256K

@@ -2,69 +2,76 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
+import runpy
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import nvrar.cli
 import yalis.cli
+from doc_blocks import NEEDS, PAGES, ROOT, SRC, TUTORIALS, blocks, read_options, split_command
+from doc_blocks import README as README_PATH
 
-ROOT = Path(__file__).parents[2]
-SRC = ROOT / "src"
-README = (ROOT / "README.md").read_text()
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+README = README_PATH.read_text()
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-# A block that runs begins with its file name and the commands that run it.
-EXAMPLES = {
-    match[1]: (match[2], match[0])
-    for match in re.finditer(r"(?<=```python\n)# (\S+\.py): (.+)\n(?:.*\n)*?(?=```)", README)
-}
-PROGRAMS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],  # any free port
-    "python": [sys.executable],
-    "yalis": [sys.executable, "-m", "yalis"],
-}
-
-
-def run(command: str, folder: Path) -> str:
-    """What ``command`` prints, with this test's own interpreter and sources."""
-    for part in command.split(" && "):
-        program, *arguments = shlex.split(part)
-        done = subprocess.run(
-            [*PROGRAMS[program], *arguments],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SRC)},
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-        assert done.returncode == 0, f"{part}: {done.stdout}{done.stderr}"
-    return done.stdout
+# With the strings that are written in several pieces in one.
+CODE = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in SRC.rglob("*.py")))
 
 
 def test_every_python_block_of_the_readme_says_how_to_run_it() -> None:
-    assert set(EXAMPLES) == {"sum.py", "generate.py"}
-    assert README.count("```python") == len(EXAMPLES)
+    named = [block.file_name for block in blocks(README_PATH) if block.language == "python"]
+    assert named == ["sum.py", "generate.py"]  # tests/host/test_docs_run.py runs them
 
 
-def test_the_nvrar_example_runs(tmp_path: Path) -> None:
-    command, code = EXAMPLES["sum.py"]
-    (tmp_path / "sum.py").write_text(code)
-    assert run(command, tmp_path).startswith("1x4 ranks, 6 by ")
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_what_a_tutorial_does_not_run_can_be_read(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "sh" and block.needs:
+            assert block.needs in NEEDS
+            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+            for line in block.lines if block.needs != "install" else ():
+                read_options(split_command(line)[1])
+        elif block.language == "python" and not block.file_name:
+            assert is_of_an_example(block.text), f"{page.name}: no example has\n{block.text}"
 
 
-def test_the_yalis_example_runs(tmp_path: Path) -> None:
-    command, code = EXAMPLES["generate.py"]
-    (tmp_path / "generate.py").write_text(code)
-    said = run(command, tmp_path).splitlines()
-    assert len(said) == 2
-    assert all(line.endswith((" length", " stop")) for line in said)
+def is_of_an_example(code: str) -> bool:
+    sources = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
+    return any(textwrap.indent(code, " " * by) in source for source in sources for by in (0, 4, 8))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_what_a_tutorial_says_that_we_say_we_say(page: Path) -> None:
+    _, _, table = page.read_text().partition("| it says | do this |\n")
+    rows = re.findall(r"^\|(.+?)\|", table, re.MULTILINE)[1:]
+    assert rows
+    for quote in re.findall(r"`(.+?)`", " ".join(rows)):
+        for words in filter(None, map(str.strip, quote.split("..."))):
+            assert words in CODE, f"{page.name} quotes {quote!r}, and nothing says {words!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_variables_that_a_page_names_are_read(page: Path) -> None:
+    for name in set(re.findall(r"NVRAR_[A-Z_]+[A-Z]", page.read_text())):
+        assert name in CODE, f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("name", ["two_nodes.sh", "two_nodes.sbatch"])
+def test_shell_examples_parse(name: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / "examples" / name], check=True)
+
+
+def test_the_graph_example_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU for each rank, and torch sees 0"):
+        runpy.run_path(str(ROOT / "examples" / "graph.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
