@@ -212,7 +212,10 @@ class Engine:
         )
 
     def _max_len(self, request: Request) -> int:
-        return min(len(request.token_ids) + request.params.max_tokens, self._max_model_len)
+        most = request.params.max_tokens
+        if most is None:
+            return self._max_model_len
+        return min(len(request.token_ids) + most, self._max_model_len)
 
 
 @dataclass

@@ -140,8 +140,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt; the outputs are in the prompts' order.
 
-        A prompt is a text or a list of token ids; `sampling_params` is one for all or one for each. Every
-        prompt is checked before any is begun: RequestError names the one that cannot be served.
+        A prompt is a text or a list of token ids, by itself or as vLLM's `{"prompt": text}` and
+        `{"prompt_token_ids": ids}`; `sampling_params` is one for all or one for each. Every prompt is
+        checked before any is begun: RequestError names the one that cannot be served.
         `on_progress` counts drawn tokens, of the most that max_tokens allows; without it `use_tqdm` shows a
         bar on a terminal when it takes long. Collective under a launcher: every rank passes the same
         arguments.

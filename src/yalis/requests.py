@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, cast
 
 from yalis.core import Request
 from yalis.errors import RequestError
 from yalis.sampling_params import SamplingParams
 from yalis.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or as in vLLM `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
 
 
 def check_requests(
@@ -36,24 +38,41 @@ def check_requests(
             )
     requests = []
     for idx, (prompt, its_params) in enumerate(zip(listed, params, strict=True)):
-        text = prompt if isinstance(prompt, str) else None
-        token_ids = _token_ids(idx, prompt, tokenizer, folder)
+        content = _content(prompt) if isinstance(prompt, Mapping) else prompt
+        text = content if isinstance(content, str) else None
+        token_ids = _token_ids(idx, content, tokenizer, folder)
         _check_token_ids(idx, token_ids, vocab_size, max_model_len)
-        requests.append(Request(text, token_ids, its_params))
+        requests.append(Request(text, tuple(map(int, token_ids)), its_params))
     return requests
 
 
+def _content(prompt: Mapping[str, Any]) -> object:
+    """The text or the token ids; the prompt itself when it is not one of vLLM's two."""
+    names = [name for name in ("prompt", "prompt_token_ids") if name in prompt]
+    return prompt[names[0]] if len(prompt) == len(names) == 1 else prompt
+
+
 def _token_ids(
-    idx: int, prompt: Prompt, tokenizer: Tokenizer | None, folder: str
+    idx: int, prompt: object, tokenizer: Tokenizer | None, folder: str
 ) -> tuple[int, ...]:
     if isinstance(prompt, (list, tuple)):
         return tuple(prompt)
     if not isinstance(prompt, str):
-        raise RequestError(f"prompt {idx} is {prompt!r}; give a text or a list of token ids")
+        raise RequestError(
+            f"prompt {idx} is {prompt!r}; give a text, a list of token ids, or one of these in a mapping "
+            'of "prompt" or "prompt_token_ids" alone'
+        )
     if tokenizer is None:
         raise RequestError(
             f"prompt {idx} is a text, but {folder}/tokenizer.json is missing; add it, or give token ids"
         )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"prompt {idx} has half a surrogate pair at character {error.start}; give valid Unicode, e.g. "
+            'by prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+        ) from None
     return tuple(tokenizer.encode(prompt)) if prompt else ()
 
 
@@ -76,7 +95,7 @@ def _check_token_ids(
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise RequestError(
@@ -88,7 +107,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's integers too
 
 
 def _per_prompt(

@@ -21,14 +21,15 @@ class SamplingParams:
     """How to continue one prompt. Names, defaults and bounds follow vLLM's.
 
     - `n`: how many continuations to draw of the prompt.
+    - `max_tokens`: how many tokens each may have; None is as many as the model's length leaves room for.
     - `temperature=0` is greedy: the filters below then change nothing, the penalties still do.
     - `min_p` keeps the tokens at least this fraction as likely as the likeliest; then `top_k` keeps that
       many, where 0 or -1 is all; then `top_p` keeps the likeliest that reach this probability together.
     - `repetition_penalty` divides positive and multiplies negative logits of tokens in prompt or output;
       `presence_penalty` is subtracted once from those in the output, `frequency_penalty` once for each
       time they are there.
-    - `seed` makes a request reproducible whatever runs beside it; without one the engine derives it from
-      its own seed and the request's number.
+    - `seed`: the draws depend on it and on the logits alone, whatever runs beside the request; without one
+      the engine derives it from its own seed and the request's number.
     - `stop` ends the text before the first of the given strings, `stop_token_ids` after any of these
       tokens, as an end token of the model does unless `ignore_eos`. None of these tokens can be drawn
       before `min_tokens` others were.
@@ -38,7 +39,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    max_tokens: int = 16
+    max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -74,12 +75,18 @@ class SamplingParams:
             raise RequestError(f"seed is {self.seed!r}; give a 64-bit signed integer or None")
 
     def _check_counts(self) -> None:
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
-            raise RequestError(f"max_tokens is {self.max_tokens!r}; give an integer of at least 1")
-        if not _is_int(self.min_tokens) or not 0 <= self.min_tokens <= self.max_tokens:
+        most = self.max_tokens
+        if most is not None and (not _is_int(most) or most < 1):
             raise RequestError(
-                f"min_tokens is {self.min_tokens!r}; give an integer from 0 to max_tokens, "
-                f"{self.max_tokens}"
+                f"max_tokens is {most!r}; give an integer of at least 1, or None for no bound but the model's"
+            )
+        if (
+            not _is_int(self.min_tokens)
+            or self.min_tokens < 0
+            or (most is not None and self.min_tokens > most)
+        ):
+            raise RequestError(
+                f"min_tokens is {self.min_tokens!r}; give an integer from 0 to max_tokens, {most}"
             )
         if not _is_int(self.top_k) or self.top_k < -1:
             raise RequestError(

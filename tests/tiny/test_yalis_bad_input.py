@@ -219,7 +219,7 @@ def test_text_without_a_tokenizer(model: Path) -> None:
 
 
 SAMPLING: list[dict[str, Any]] = [
-    {"max_tokens": 0}, {"max_tokens": -5}, {"max_tokens": 2.0}, {"max_tokens": None},
+    {"max_tokens": 0}, {"max_tokens": -5}, {"max_tokens": 2.0},
     {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
     {"temperature": "hot"}, {"top_k": -2}, {"top_k": 1.5}, {"top_k": True}, {"top_p": 0},
     {"top_p": 1.01}, {"top_p": float("nan")}, {"seed": "x"}, {"seed": 2**63}, {"stop": [""]},

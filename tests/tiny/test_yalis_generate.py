@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -85,6 +86,7 @@ def test_max_tokens_and_the_models_length_end_it_with_length(llm: LLM) -> None:
     prompt = list(range(2, 252))
     [clipped] = llm.generate([prompt], replace(GREEDY, max_tokens=1000))
     assert (len(clipped.token_ids), clipped.finish_reason) == (6, "length")
+    assert llm.generate([prompt], replace(GREEDY, max_tokens=None)) == [clipped]
     [last] = llm.generate([list(range(2, 257))], replace(GREEDY, max_tokens=5))
     assert len(last.token_ids) == 1
 
@@ -92,13 +94,16 @@ def test_max_tokens_and_the_models_length_end_it_with_length(llm: LLM) -> None:
 def test_prompts_may_be_ids_one_or_many_and_params_one_or_each(llm: LLM) -> None:
     [text] = llm.generate("x", GREEDY)
     ids = list(text.prompt_token_ids)
-    for form in (ids, [ids], (tuple(ids),)):
+    numpy_ids = [numpy.int64(token_id) for token_id in ids]
+    mapping = {"prompt_token_ids": ids}
+    for form in (ids, [ids], (tuple(ids),), numpy_ids, mapping, [mapping]):
         [output] = llm.generate(form, GREEDY)
         assert (output.token_ids, output.text, output.prompt) == (text.token_ids, text.text, None)
     lengths = [
         len(o.token_ids) for o in llm.generate(["x", ids], [GREEDY, replace(GREEDY, max_tokens=2)])
     ]
     assert lengths == [48, 2]
+    assert llm.generate({"prompt": "x"}, GREEDY) == [text]
     assert llm.generate([], GREEDY) == []
     assert len(llm.generate("x")[0].token_ids) <= SamplingParams().max_tokens
 
@@ -116,6 +121,8 @@ def test_prompts_may_be_ids_one_or_many_and_params_one_or_each(llm: LLM) -> None
         (None, "prompt 1 is None"),
         (3.5, "prompt 1 is 3.5"),
         (b"x", "prompt 1 is b'x'"),
+        ({"prompt": "x", "multi_modal_data": 0}, "prompt 1 is {'prompt': 'x', 'multi.*alone"),
+        ("a\ud83d", "prompt 1 has half a surrogate pair at character 1; give valid Unicode"),
     ],
     ids=str,
 )
@@ -129,7 +136,7 @@ def test_a_bad_prompt_is_refused_before_any_is_begun(
     assert llm.generate("x", GREEDY)  # the engine is unharmed
 
 
-@pytest.mark.parametrize("prompts", [None, 7, {"prompt": "x"}], ids=str)
+@pytest.mark.parametrize("prompts", [None, 7], ids=str)
 def test_what_is_no_prompt_at_all(llm: LLM, prompts: object) -> None:
     with pytest.raises(RequestError, match="give a text, a list of token ids, or a list of these"):
         llm.generate(prompts)  # type: ignore[arg-type]
