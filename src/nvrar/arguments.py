@@ -9,6 +9,7 @@ from nvrar.host import OPS
 
 
 def refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
+    """Why an all-reduce cannot work with what it was given; empty if it can."""
     if not isinstance(x, torch.Tensor):
         return f"x is {type(x).__name__}, not a torch.Tensor"
     if x.layout != torch.strided:
@@ -17,36 +18,42 @@ def refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
         return f"op is {op!r}; it must be one of {', '.join(OPS)}"
     if op == "avg" and not x.dtype.is_floating_point:
         return f"op 'avg' needs a floating type and x is {x.dtype}; use 'sum' and divide"
-    if out is None:
+    if out is None or (out is x and x.is_contiguous()):  # the common cases, sooner
         return ""
+    return refusal_of_out(x, out)
+
+
+def refusal_of_out(x: Tensor, out: Tensor, x_name: str = "x", out_name: str = "out") -> str:
+    """Why ``out`` cannot receive a result like ``x``; empty if it can. The names are of the arguments."""
     if not isinstance(out, torch.Tensor):
-        return f"out is {type(out).__name__}, not a torch.Tensor"
+        return f"{out_name} is {type(out).__name__}, not a torch.Tensor"
     if out is not x:
-        refusal = _refusal_of_pair(x, out)
-        if refusal:
-            return refusal
-    if out.is_contiguous():  # the common case, at a tenth of the cost
+        for what in ("shape", "dtype", "device", "layout"):
+            if getattr(out, what) != getattr(x, what):
+                return (
+                    f"{out_name} has {what} {getattr(out, what)}, {x_name} has {getattr(x, what)}; they must "
+                    "be equal"
+                )
+        if overlap(x, out) and x.data_ptr() != out.data_ptr():
+            return (
+                f"{x_name} and {out_name} share part of their memory; give {out_name}={x_name}, or memory of "
+                "its own"
+            )
+    if out.is_contiguous():
         return ""
     if 0 in out.stride() and any(
         n > 1 for n, s in zip(out.shape, out.stride(), strict=True) if s == 0
     ):
-        return "elements of out share memory, as those of an expanded tensor do; give out.clone()"
+        return (
+            f"elements of {out_name} share memory, as those of an expanded tensor do; give "
+            f"{out_name}.clone()"
+        )
     return ""
 
 
-def _refusal_of_pair(x: Tensor, out: Tensor) -> str:
-    for what in ("shape", "dtype", "device", "layout"):
-        if getattr(out, what) != getattr(x, what):
-            return (
-                f"out has {what} {getattr(out, what)}, x has {getattr(x, what)}; they must be equal"
-            )
-    if _partly_overlap(x, out):
-        return "x and out share part of their memory; give out=x, or memory of its own"
-    return ""
-
-
-def _partly_overlap(x: Tensor, out: Tensor) -> bool:
-    # Where one of them has gaps there is a buffer in between, and overlap does no harm.
-    if not (x.is_contiguous() and out.is_contiguous()):
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share memory. Not where one of them has gaps: there is a buffer in between then,
+    and it does no harm."""
+    if not (a.is_contiguous() and b.is_contiguous()):
         return False
-    return 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes
+    return -a.nbytes < a.data_ptr() - b.data_ptr() < b.nbytes

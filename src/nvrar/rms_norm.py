@@ -7,12 +7,13 @@ the GPU kernel (gpu/csrc/rows.cuh) gives its bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvrar.arguments import refusal_of_call
+from nvrar.arguments import overlap, refusal_of_call, refusal_of_out
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WORD_BYTES = 8  # whose squares are added first
@@ -104,9 +105,21 @@ def refusal_of_norm(
     if not isinstance(eps, float) or not 0 <= eps < math.inf:
         return f"eps is {eps!r}; it must be a float, 0 or more"
     if residual_out is not None:
-        refusal = refusal_of_call(residual, residual_out, "sum")
+        refusal = refusal_of_out(residual, residual_out, "residual", "residual_out")
         if refusal:
-            return refusal.replace("out", "residual_out").replace("x has", "residual has")
-        if out is residual_out or out is residual:
-            return "out is residual_out or residual; give each result memory of its own"
+            return refusal
+    # Beside out=x and residual_out=residual: nothing is written twice, or read after it was written.
+    others = {"residual": residual, "weight": weight, "residual_out": residual_out}
+    return _refusal_of_sharing("out", out, others) or _refusal_of_sharing(
+        "residual_out", residual_out, {"x": x, "weight": weight}
+    )
+
+
+def _refusal_of_sharing(
+    name: str, result: Tensor | None, others: Mapping[str, Tensor | None]
+) -> str:
+    if result is not None:
+        for other_name, other in others.items():
+            if other is not None and overlap(result, other):
+                return f"{name} and {other_name} share memory; give each result memory of its own"
     return ""

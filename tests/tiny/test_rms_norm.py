@@ -95,7 +95,28 @@ def test_what_cannot_work_is_said(change: dict, says: str) -> None:
 
 
 def test_results_that_share_memory_are_refused() -> None:
-    both = torch.empty(2, 8)
-    refusal = refusal_of_norm(X, X.clone(), torch.ones(8), 1e-6, both, both)
-    assert "memory of its own" in refusal
-    assert not refusal_of_norm(X, both, torch.ones(8), 1e-6, X, both)
+    memory = torch.ones(40)
+    x, residual, weight = memory[:16].view(2, 8), memory[16:32].view(2, 8), memory[32:]
+    another = torch.empty(2, 8)
+    assert not refusal_of_norm(x, residual, weight, 1e-6, x, residual)
+    assert not refusal_of_norm(x, x, weight, 1e-6, None, another)
+
+    def refusal(out: torch.Tensor | None, residual_out: torch.Tensor | None) -> str:
+        return refusal_of_norm(x, residual, weight, 1e-6, out, residual_out)
+
+    for out, residual_out, names in (
+        (another, another.view(2, 8), "out and residual_out share memory"),
+        (residual, None, "out and residual share memory"),
+        (memory[9:25].view(2, 8), None, "x and out share part of their memory; give out=x"),
+        (
+            None,
+            memory[20:36].view(2, 8),
+            "residual and residual_out share part .* give residual_out=residual",
+        ),
+        (None, x, "residual_out and x share memory"),
+        (None, weight.expand(2, 8), "elements of residual_out share memory"),
+    ):
+        assert re.search(names, refusal(out, residual_out)), refusal(out, residual_out)
+    wide = torch.ones(24)
+    weight, out = wide[:8], wide[4:20].view(2, 8)
+    assert "out and weight share memory" in refusal(out, None)
