@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 # What somebody tuned on this machine must not decide what the tests see.
 os.environ["NVRAR_TUNE_TABLE"] = "off"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Kernels that wait for each other must not have to share a GPU with those of another test.
-    for item in items:
-        if item.get_closest_marker("gpu") or item.get_closest_marker("dist"):
-            item.add_marker(pytest.mark.xdist_group("gpus"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`. With GPUs one: kernels that wait for each other must not share theirs with other tests."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
