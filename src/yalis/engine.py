@@ -121,7 +121,9 @@ class Engine:
             for index in range(params.n)
         ]
         completions = [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences]
-        self._live[request_id] = _Live(request, completions, is_streamed, time.monotonic())
+        self._live[request_id] = _Live(
+            request, completions, is_streamed, time.monotonic(), num_unfinished=params.n
+        )
         for sequence in sequences:
             self._scheduler.add(sequence)
         return request_id
@@ -146,16 +148,16 @@ class Engine:
         try:
             self._submit()
             step = self._under_way.popleft() if self._under_way else None
-            result = self._executor.result() if step else StepResult(())
+            if step is None:
+                assert not self._live, "there is work, but nothing that could be scheduled"
+                return []
+            result = self._executor.result()
+            with self._trace("collect"):
+                return self._collect(step, result)
         except BaseException:
             with suppress(Exception):  # what comes of an error is not the error
                 self.drop_all()
             raise
-        if step is None:
-            assert not self._live, "there is work, but nothing that could be scheduled"
-            return []
-        with self._trace("collect"):
-            return self._collect(step, result)
 
     def drop_all(self) -> None:
         """Forget every request under way."""
@@ -196,7 +198,8 @@ class Engine:
         output = None
         if sequence.is_finished:
             self._scheduler.retire(sequence)
-            if all(c.sequence.is_finished for c in live.completions):
+            live.num_unfinished -= 1
+            if not live.num_unfinished:
                 output = live.output(sequence.request_id)
                 del self._live[sequence.request_id]
         has_text = live.is_streamed or sequence.is_finished
@@ -226,6 +229,7 @@ class _Live:
     completions: list[Completion]
     is_streamed: bool
     arrival_s: float
+    num_unfinished: int  # of the completions
     first_token_s: float | None = None
     last_token_s: float | None = None
 

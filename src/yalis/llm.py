@@ -123,7 +123,9 @@ class LLM:
             self._executor,
             scheduler,
             self.tokenizer,
-            eos_token_ids=tuple(i for i in self.config.eos_token_ids if i < self.config.vocab_size),
+            eos_token_ids=tuple(
+                i for i in self.config.eos_token_ids if 0 <= i < self.config.vocab_size
+            ),
             max_model_len=self.max_model_len,
             seed=options.seed,
             trace=trace_on(device_type(options.device)),
@@ -174,6 +176,7 @@ class LLM:
         `next`.
         """
         [request] = self.make_requests([prompt], sampling_params)
+        self.engine.check(request)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[Update]:
@@ -224,7 +227,7 @@ class LLM:
         if not inbox:
             if self._is_closed:
                 raise YalisError("this LLM is closed; make a new one")
-            if not any(map(self.engine.is_under_way, ids)):
+            if not any(map(self.engine.is_under_way, reversed(ids))):  # the last end last
                 raise YalisError(
                     "the request was cancelled, or dropped when a step failed; begin it again"
                 )

@@ -42,7 +42,8 @@ def read_rope(raw: Mapping[str, Any], where: str, max_positions: int, head_dim: 
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"{where}: rope scaling is {scaling!r}; it must be an object or null")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = scaling.get("rope_theta")
+    theta = raw.get("rope_theta") if theta is None else theta
     fields = Fields({**scaling, "rope_theta": theta}, f"{where} (rope)")
     partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
@@ -51,7 +52,7 @@ def read_rope(raw: Mapping[str, Any], where: str, max_positions: int, head_dim: 
         )
     if kind not in KINDS:
         raise ConfigError(f"{where}: rope type is {kind!r}; supported: {', '.join(KINDS)}")
-    theta = fields.number("rope_theta")
+    theta = fields.number("rope_theta", 10000.0)
     # "dynamic" stretches only beyond max_position_embeddings, and no request goes there.
     if kind in ("default", "dynamic"):
         return RopeConfig(theta)

@@ -123,6 +123,8 @@ class Scheduler:
         if not self._free_slots or sequence.num_in_flight:
             return None
         pool = self._pool
+        if pool.num_free <= len(self._running):
+            return None  # as below, whatever it shares, without looking for that
         shared = pool.find(self._full_blocks(sequence)) if self._shares_prefixes else []
         num_new = pool.num_blocks_for(len(sequence)) - len(shared)
         # One block to spare for each running sequence, or the newcomer would soon be sent away again.

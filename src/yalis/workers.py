@@ -78,7 +78,11 @@ class WorkerGroup:
         self._num_under_way = 0
         self._results: deque[StepResult] = deque()
         if on_progress:
-            on_progress("starting workers", 0, num_ranks)
+            try:
+                on_progress("starting workers", 0, num_ranks)
+            except BaseException:
+                self._end_by_interrupt()
+                raise
         self._send(Start(options, config))
         self.num_blocks = self._receive(set(range(num_ranks)), Ready, on_progress).num_blocks
 

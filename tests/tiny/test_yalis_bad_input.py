@@ -136,6 +136,8 @@ BROKEN: dict[str, tuple[Damage, str]] = {
                r"tensor model.layers.0.self_attn.q_proj.bias is missing"),
     "no window": (edit("config.json", architectures=["MistralForCausalLM"], sliding_window=0),
                   r"sliding_window is 0"),
+    "theta": (edit("config.json", rope_theta=0), r"rope_theta is 0; it must be a number above 0"),
+    "unreadable": (lambda m: ((m / FIRST).unlink(), (m / FIRST).mkdir()), rf"{FIRST} cannot be read"),
     "rope factor": (edit("config.json", rope_scaling={"type": "linear"}), r"factor is None"),
     "rope bounds": (edit("config.json", rope_scaling=LLAMA3), r"low_freq_factor 4.0 must be below"),
     "rope a text": (edit("config.json", rope_scaling="linear"), r"rope scaling is 'linear'"),
@@ -152,6 +154,17 @@ def test_a_broken_checkpoint_is_named(name: str, model: Path) -> None:
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         LLM(str(model), tensor_parallel_size=2)
     assert isinstance(caught.value, ValueError)
+
+
+def test_weights_that_the_model_has_no_place_for_are_told(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LLM(str(model)):
+        assert not caplog.records  # nor of a head that is tied, below
+    edit("config.json", num_hidden_layers=1, tie_word_embeddings=True)(model)
+    with LLM(str(model)):
+        [record] = caplog.records
+    assert "holds 9 tensors that config.json gives no place (model.layers.1." in record.getMessage()
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -203,6 +216,16 @@ def test_key_value_heads_that_can_be_neither_split_nor_replicated(model: Path) -
 def test_a_path_that_is_no_folder(path: str, model: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder; give the path"):
         LLM(str(model / path))
+
+
+def test_end_tokens_that_are_no_tokens_are_left_out(model: Path) -> None:
+    edit("generation_config.json", eos_token_id=[-1, 512, 7])(model)
+    with LLM(str(model)) as llm:
+        llm.engine.add(llm.make_requests([5])[0])
+        llm.engine.step()
+        [sequence] = llm.engine._scheduler._running
+        # As an index, -1 would be the last token, and keep that from being drawn before min_tokens.
+        assert sequence.end_token_ids == (7,)
 
 
 def test_text_without_a_tokenizer(model: Path) -> None:

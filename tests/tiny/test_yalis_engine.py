@@ -213,16 +213,19 @@ def test_what_gave_no_numbers_is_not_shared() -> None:
     assert pool.num_free == pool.num_blocks
 
 
-def test_after_a_failed_step_the_engine_is_empty_and_works() -> None:
+@pytest.mark.parametrize("error", [ConnectionError, ValueError])
+def test_after_a_failed_step_the_engine_is_empty_and_works(error: type[Exception]) -> None:
     engine, executor, pool = make_engine(depth=2)
     engine.add(request(long(0), 20, ignore_eos=True, seed=1))
     engine.step()
 
     def fail() -> StepResult:
-        raise ConnectionError("gone")
+        if error is ConnectionError:
+            raise ConnectionError("gone")
+        return StepResult(())  # too little, which comes out when the step is collected
 
     executor.result = fail  # type: ignore[method-assign]
-    with pytest.raises(ConnectionError):
+    with pytest.raises(error):
         engine.step()
     del executor.result  # type: ignore[method-assign]
     assert not engine.has_work

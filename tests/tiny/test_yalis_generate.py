@@ -154,6 +154,8 @@ def test_a_request_that_can_never_fit_the_cache_is_refused_alone(model: str) -> 
     with LLM(model, kv_cache_memory_bytes=100_000) as llm:
         with pytest.raises(RequestError, match="may take 130 tokens, but the cache holds"):
             llm.generate(["x", [5] * 100], replace(GREEDY, max_tokens=30))
+        with pytest.raises(RequestError, match="may take 130 tokens, but the cache holds"):
+            llm.stream([5] * 100, replace(GREEDY, max_tokens=30))
         assert llm.generate("x", replace(GREEDY, max_tokens=3))
 
 

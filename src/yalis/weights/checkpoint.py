@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -53,6 +55,23 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}. "
                 "Use a checkpoint that is not quantised"
+            )
+
+    def warn_of_others(self, used: Set[str]) -> None:
+        """Log a warning when there are tensors that no layer uses: config.json may be another model's."""
+        others = sorted(
+            name
+            for name in self._file_of.keys() - used
+            # What old checkpoints carry along: tables, and a second copy of a tied head.
+            if not name.endswith(".rotary_emb.inv_freq") and name != "lm_head.weight"
+        )
+        if others:
+            logging.getLogger("yalis").warning(
+                "%s holds %d tensors that config.json gives no place (%s), and they are left out; "
+                "see whether the two belong together",
+                self._folder,
+                len(others),
+                ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
             )
 
     def fill(self, part: WeightPart) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class DummyWeights:
         self._seed = seed
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
+        pass
+
+    def warn_of_others(self, used: Set[str]) -> None:
         pass
 
     def fill(self, part: WeightPart) -> None:

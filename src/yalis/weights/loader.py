@@ -7,7 +7,7 @@ So neither the models nor the sources know how the weights are split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -43,6 +43,10 @@ class WeightSource(Protocol):
         """Raise CheckpointError unless a floating-point tensor of this name and shape is there."""
         ...
 
+    def warn_of_others(self, used: Set[str]) -> None:
+        """Log a warning when there are tensors beside those of these names that somebody should use."""
+        ...
+
     def fill(self, part: WeightPart) -> None:
         """Write the part's region into its target, in the target's dtype. Threads may do so at once.
 
@@ -59,9 +63,14 @@ def weight_parts(model: nn.Module) -> Iterator[WeightPart]:
 
 
 def check_weights(model: nn.Module, source: WeightSource) -> None:
-    """Raise CheckpointError unless `source` has all that `model` needs. The model may be on "meta"."""
-    for part in weight_parts(model):
+    """Raise CheckpointError unless `source` has all that `model` needs; warn when it has more.
+
+    The model may be on "meta", but must be all of the model.
+    """
+    parts = list(weight_parts(model))
+    for part in parts:
         source.check(part.name, part.shape)
+    source.warn_of_others({part.name for part in parts})
 
 
 def load_weights(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -48,7 +49,11 @@ class Shard:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
-        except (SafetensorError, OSError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); make it readable, or fetch the shard again"
+            ) from None
+        except (SafetensorError, ValueError) as error:
             num_bytes = path.stat().st_size
             raise CheckpointError(
                 f"{path} ({num_bytes} bytes) is truncated or damaged ({error}); fetch the shard again"
@@ -72,8 +77,9 @@ class Shard:
                     return self._read(file.fileno(), memory, first, name)
                 # Pieces of rows: their neighbours are other ranks', who want them as soon, so fetch whole
                 # rows from the disk, in one go.
-                length = (rows.stop - rows.start) * width
-                os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
+                if sys.platform == "linux":
+                    length = (rows.stop - rows.start) * width
+                    os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
                 piece = len(memory) // (rows.stop - rows.start)
                 for start in range(0, len(memory), piece):
                     self._read(file.fileno(), memory[start : start + piece], first, name)
