@@ -33,6 +33,7 @@ class PretendedExecutor:
     made = 0
     hangs = ""
     link = "nvlink"
+    resident = 264  # blocks
 
     def __init__(self, group: Any, topology: Topology, algorithms: Any, *waits: float) -> None:
         PretendedExecutor.made += 1
@@ -43,7 +44,9 @@ class PretendedExecutor:
         if str(algorithm.plan) == "split:2" and algorithm.packets.name == "LL" and dist.get_rank():
             raise CompileError("too many registers\nand more")
         plan, packets = algorithm.plan, algorithm.packets
-        shape = launch_shape(plan, packets, num_bytes, Room(lambda threads: 264), algorithm.shape)
+        shape = launch_shape(
+            plan, packets, num_bytes, Room(lambda threads: self.resident), algorithm.shape
+        )
         return SimpleNamespace(shape=shape, algorithm=algorithm, name=f"{plan} {packets.name}")
 
     def launch(self, prepared: Any, x: Tensor, out: Tensor) -> None:
@@ -100,6 +103,16 @@ def test_a_wait_that_ran_out_takes_nobody_along() -> None:
         "at 64 KiB: a wait at level 0 did not end within 5 s"
     )
     assert {(str(t.plan), t.packets) for t in found.entries[1].trials} == {("split:2", "LL128")}
+
+
+def _tune_on_two_kinds(rank: int) -> tuple[str, int]:
+    PretendedExecutor.resident = (264, 40)[rank]
+    return _tune(rank, "", "nvlink")
+
+
+def test_ranks_with_other_gpus_try_the_same_launches() -> None:
+    first, second = ranks.run(_tune_on_two_kinds, 2)
+    assert first == second
 
 
 def test_no_lines_where_they_may_be_torn() -> None:

@@ -48,6 +48,18 @@ def test_a_budget_fits_the_kernels_signed_clock(budget_s: float) -> None:
     assert ticks == 2**31 - 1 or abs(ticks * 2**20 - budget_s * 1e9) <= 2**20
 
 
+def test_reports_tell_many_calls_apart_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvrar.gpu.executor._MOST_NAMED", 3)
+    made, plan = object.__new__(GpuExecutor), Plan.parse("exchange:2")
+    made._calls = {}
+    numbers = [made._number_of(f"size {size}", plan) for size in (1, 2, 3, 4, 5, 2)]
+    assert numbers == [0, 1, 2, 3, 3, 1]
+    made.failure = SimpleNamespace(call=3)
+    assert made.failed_call() == ("a call by 'exchange:2'", plan)
+    made.failure.call = 1
+    assert made.failed_call() == ("size 2", plan)
+
+
 HERE = Device("a", "0000:1B:00.0")
 NEAR, FAR = Device("a", "0000:2C:00.0"), Device("b", "0000:1B:00.0")
 

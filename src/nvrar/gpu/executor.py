@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_MOST_NAMED = 1 << 16  # calls that are told apart in reports
+
+
 @dataclass
 class Prepared:
     """A call of one size, type and operation, ready but for the addresses."""
@@ -193,7 +196,7 @@ class GpuExecutor:
         args.budget_ticks = self._budget_ticks
         args.control = self._control.data_ptr()
         args.failure = self._failure_memory.data_ptr()
-        args.call = self._calls.setdefault((text, algorithm.plan), len(self._calls))
+        args.call = self._number_of(text, algorithm.plan)
         self._workspace.fill(args, algorithm.plan, algorithm.packets)
         return args, (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
@@ -236,6 +239,12 @@ class GpuExecutor:
             self._libraries.append(library)
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]
+
+    def _number_of(self, text: str, plan: Plan) -> int:
+        """What a kernel calls the call that ``text`` describes, in a report."""
+        if len(self._calls) >= _MOST_NAMED and (text, plan) not in self._calls:
+            text = f"a call by '{plan}'"  # few plans, but any number of sizes
+        return self._calls.setdefault((text, plan), len(self._calls))
 
     def failed_call(self) -> tuple[str, Plan]:
         """The call that a kernel left word of, in words, and its plan."""

@@ -99,7 +99,7 @@ def first_gap(taken: list[tuple[int, int]], num_bytes: int, limit: int) -> int |
 
 # NVSHMEM is one per process; so is this: the arena, or why there is none.
 _opened: Heap | str | None = None
-_PURPOSE = "nvshmem"
+_PURPOSE = "the first communicator with a GPU"  # of all ranks, whichever group it is on
 
 
 def open_heap(missing: str, timeout_s: float) -> Heap:

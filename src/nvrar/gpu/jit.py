@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,11 @@ TYPES = {
 }
 OPS = {"sum": "Sum", "max": "Max"}
 ENTRY = "nvrar_all_reduce"
+_OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "device_as_default_execution_space": True,
+    "ptxas_options": ["-v"],
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def build_source(what: str, source: str, arch: str, folder: Path) -> Built:
 
 
 def _key(source: str, arch: str, with_nvshmem: bool, folder: Path = SOURCES) -> str:
-    parts = [source, arch, *_versions(with_nvshmem), _sources_digest(folder)]
+    parts = [source, arch, repr(_OPTIONS), *_versions(with_nvshmem), _sources_digest(folder)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -195,11 +200,9 @@ def _compile(
         folders.append(str(nvshmem_folder() / "include"))
     options = ProgramOptions(
         arch=arch,
-        std="c++17",
-        device_as_default_execution_space=True,
         relocatable_device_code=to_be_linked or None,
         include_path=folders,
-        ptxas_options=["-v"],
+        **_OPTIONS,
     )
     messages = io.StringIO()
     try:

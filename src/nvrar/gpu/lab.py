@@ -111,25 +111,21 @@ class GpuLab:
         self, algorithm: Algorithm, num_bytes: int, left_out: MutableMapping[str, str]
     ) -> Attempt | None:
         assert self._executor is not None
-        prepared, reason = None, ""
+        prepared, launch, reason = None, (0, 0), ""
         try:
             prepared = self._executor.prepare(num_bytes, self._settings.dtype, "sum", algorithm)
+            launch = (prepared.shape.blocks, prepared.shape.threads)
         except NvrarError as error:
             reason = str(error).splitlines()[0]
-        reasons = exchange_values(self._group, "attempt", reason, self._settings.timeout_s)
-        if prepared is None or any(reasons):
-            left_out[_name(algorithm)] = next(filter(None, reasons))
+        said = exchange_values(self._group, "attempt", (reason, launch), self._settings.timeout_s)
+        reasons = [other for other, _ in said if other]
+        if prepared is None or reasons:
+            left_out[_name(algorithm)] = reasons[0]
             return None
-        return Attempt(
-            _Launched(algorithm, self._executor, prepared),
-            Trial(
-                algorithm.plan,
-                0.0,
-                algorithm.packets.name,
-                prepared.shape.blocks,
-                prepared.shape.threads,
-            ),
-        )
+        # GPUs of other kinds have room for other launches. Rank 0's is the one that all ranks go by.
+        blocks, threads = said[0][1]
+        trial = Trial(algorithm.plan, 0.0, algorithm.packets.name, blocks, threads)
+        return Attempt(_Launched(algorithm, trial, self._executor, prepared), trial)
 
     def _ask_link(self) -> str:
         heard: list[str] = []
@@ -150,11 +146,12 @@ class GpuLab:
 class _Launched:
     """A contender: one algorithm and launch."""
 
-    def __init__(self, algorithm: Algorithm, executor: GpuExecutor, prepared: Prepared) -> None:
-        shape = prepared.shape
+    def __init__(
+        self, algorithm: Algorithm, trial: Trial, executor: GpuExecutor, prepared: Prepared
+    ) -> None:
         self.name = _name(algorithm)
         if algorithm.shape is not None:
-            self.name += f" {shape.blocks}x{shape.threads}"
+            self.name += f" {trial.blocks}x{trial.threads}"
         self._plan, self._executor, self._prepared = algorithm.plan, executor, prepared
 
     def buffer(self, num_elements: int, dtype: torch.dtype, device: str) -> Tensor:
