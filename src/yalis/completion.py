@@ -7,7 +7,7 @@ from itertools import islice
 
 from yalis.core import INVALID_TOKEN, RowLogprobs, Sequence
 from yalis.outputs import CompletionOutput, Logprob, TokenLogprobs
-from yalis.tokenizer import Detokenizer, Tokenizer
+from yalis.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 _NOT_FINITE = (
     "the model's logits were NaN or infinite; look at the weights and their type (float16 overflows where "
@@ -32,6 +32,7 @@ class Completion:
             self._detokenizer = Detokenizer(tokenizer, sequence.prompt_token_ids)
         self._text = ""  # what is certain so far
         self._num_shown = 0  # characters of it that `take_text` has given out
+        self._num_searched = 0  # characters in which stop strings have been looked for
         self._stopped_text: str | None = None  # the text before the stop string that came up
         self._stop_reason: str | int | None = None
         self._error: str | None = None
@@ -89,19 +90,21 @@ class Completion:
         """True when a stop string has come up."""
         if self._detokenizer is None:
             return False
-        num_before = len(self._text)
         self._text += self._detokenizer.append(token_id)
+        # Whole characters before broken ones count too: the text may end with these.
+        text = self._text + self._detokenizer.held_back.rstrip(REPLACEMENT)
+        num_before, self._num_searched = self._num_searched, len(text)
         if len(self.sequence.output_token_ids) <= self.sequence.params.min_tokens:
             return False
         hits = []
         for stop in self._stop_strings:
             # It may have begun in earlier tokens, but must end in this one's text.
-            found = self._text.find(stop, max(0, num_before - len(stop) + 1))
+            found = text.find(stop, max(0, num_before - len(stop) + 1))
             if found >= 0:
                 hits.append((found, stop))
         if hits:
             begin, self._stop_reason = min(hits, key=lambda hit: hit[0])
-            self._stopped_text = self._text[:begin]
+            self._stopped_text = text[:begin]
         return bool(hits)
 
     def _num_held_back(self) -> int:

@@ -10,7 +10,7 @@ import tokenizers
 
 from yalis.errors import CheckpointError
 
-_REPLACEMENT = "\ufffd"
+REPLACEMENT = "\ufffd"  # stands for bytes that form no character
 # Of the prompt: enough for a decoder to know that it is not at a text's start.
 _NUM_CONTEXT_TOKENS = 6
 # A character spans at most four tokens; text unfinished after this many is broken, and goes out as it is.
@@ -61,15 +61,18 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._window = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
         self._num_shown = len(self._window)  # tokens of the window whose text is out already
+        self.held_back = ""  # what the others read like so far
 
     def append(self, token_id: int) -> str:
         """The text that has become certain with this token; often "" in the middle of a character."""
         self._window.append(token_id)
         shown = self._tokenizer.decode(self._window[: self._num_shown])
         whole = self._tokenizer.decode(self._window)
-        is_certain = len(whole) > len(shown) and not whole.endswith(_REPLACEMENT)
+        is_certain = len(whole) > len(shown) and not whole.endswith(REPLACEMENT)
         if not is_certain and len(self._window) - self._num_shown <= _MAX_HELD_BACK:
+            self.held_back = whole[len(shown) :]
             return ""
+        self.held_back = ""
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
         return whole[len(shown) :]

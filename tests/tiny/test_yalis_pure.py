@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from nvrar.launch import Seat
 from yalis import ConfigError, SamplingParams
 from yalis.completion import Completion
-from yalis.core import Sequence
+from yalis.core import Sequence as Continuation
 from yalis.parallel.launcher import detect
 from yalis.parallel.split import even_split, kv_head_split, padded_split
 from yalis.testing import make_checkpoint
@@ -128,7 +130,7 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(tokenizer: Token
         text = data.draw(st.text(alphabet="ab é🙂", min_size=1, max_size=30))
         stops = data.draw(st.lists(st.text(alphabet="ab é🙂", min_size=1, max_size=4), max_size=3))
         params = SamplingParams(stop=stops, max_tokens=1000)
-        sequence = Sequence(0, 0, tuple(tokenizer.encode("x")), params, seed=0, max_len=10**6)
+        sequence = Continuation(0, 0, tuple(tokenizer.encode("x")), params, seed=0, max_len=10**6)
         completion, pieces = Completion(sequence, tokenizer, is_streamed=True), []
         for token_id in tokenizer.encode(text)[1:]:  # the first is <s>
             sequence.output_token_ids.append(token_id)
@@ -148,6 +150,33 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(tokenizer: Token
             assert completion.output().text == text[: min(begins, default=None)]
 
     check()
+
+
+class Pieces:
+    """A tokenizer whose tokens are these bytes."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
+
+
+@pytest.mark.parametrize(("stop", "text"), [("STOP", "a"), ("P", "aSTO"), ("OPx", "aSTOP\ufffd")])
+def test_a_stop_string_counts_though_half_a_character_follows_it(stop: str, text: str) -> None:
+    params = SamplingParams(stop=stop, max_tokens=2)
+    sequence = Continuation(0, 0, (0,), params, seed=0, max_len=3)
+    tokenizer = cast("Tokenizer", Pieces(b"x", b"a", b"STOP" + "é".encode()[:1]))
+    completion, shown = Completion(sequence, tokenizer, is_streamed=True), ""
+    for token_id in (1, 2):
+        sequence.output_token_ids.append(token_id)
+        completion.append(None)
+        shown += completion.take_text()
+    assert (shown, completion.output().text) == (text, text)
+    assert sequence.finish_reason == ("length" if "x" in stop else "stop")
 
 
 def test_no_piece_of_a_character_is_shown(tokenizer: Tokenizer) -> None:
