@@ -18,6 +18,7 @@ from typing import Any
 
 from yalis.config import ModelConfig
 from yalis.core import Batch, StepResult
+from yalis.errors import WorkerError
 from yalis.options import EngineOptions
 
 
@@ -77,8 +78,10 @@ class Failed:
     summary: str
     traceback: str
     at_s: float
+    is_echo: bool = False  # it says what another rank has reported
 
     @classmethod
     def of(cls, error: BaseException) -> Failed:
         summary = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        return cls(summary, "".join(traceback.format_exception(error)), time.monotonic())
+        text = "".join(traceback.format_exception(error))
+        return cls(summary, text, time.monotonic(), isinstance(error, WorkerError))

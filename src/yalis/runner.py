@@ -41,8 +41,10 @@ class Runner:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._options, self._config, self._tp, self._device = options, config, tp, device
         self._trace = trace_on(device.type)
-        self.model = CausalLM(config, Placement(tp, dtype, device))
-        load_weights(self.model, open_weights(options), on_progress)
+        with tp.together("loading weights"):  # a collective waits less long than a slow rank may read
+            self.model = CausalLM(config, Placement(tp, dtype, device))
+            load_weights(self.model, open_weights(options), on_progress)
+            tp.all_reduce.warm_up(dtype)
         self._cache_shape = CacheShape(
             num_layers=config.num_hidden_layers,
             num_kv_heads=len(kv_head_split(config.num_key_value_heads, tp.size, tp.rank)),
@@ -50,8 +52,6 @@ class Runner:
             block_size=options.block_size,
             dtype=dtype,
         )
-        tp.all_reduce.warm_up(dtype)
-        tp.barrier()  # an all-reduce waits less long than a slow rank may load
         self._drawing = Drawing(
             tp, self.model.lm_head, options.max_num_seqs, config.vocab_size, device
         )

@@ -221,7 +221,7 @@ def _describe(words: Mapping[int, Failed], exits: Mapping[int, int], pids: list[
         return f"rank {rank} (pid {pids[rank]}) {how}; all ranks have been stopped"
     if not words:
         return "a rank closed its connection; all ranks have been stopped"
-    rank, word = min(words.items(), key=lambda item: item[1].at_s)
+    rank, word = min(words.items(), key=lambda item: (item[1].is_echo, item[1].at_s))
     return f"rank {rank} failed: {word.summary}; all ranks have been stopped\n\n{word.traceback}"
 
 

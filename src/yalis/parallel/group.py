@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from yalis.parallel.all_reduce import AllReduce, AllReduceSwitch, NoAllReduce, make_all_reduce
+from yalis.parallel.meeting import together
 
-# Ranks wait for each other while one still reads its weights: this bounds a hang, not a delay.
+# Of torch's collectives: it bounds a hang, not a delay.
 _GROUP_TIMEOUT = timedelta(minutes=5)
 
 
@@ -61,6 +63,10 @@ class TensorParallel:
         """Wait for the other ranks. Collective."""
         if self.size > 1:
             dist.barrier(self.group)
+
+    def together(self, phase: str) -> AbstractContextManager[None]:
+        """A block that all ranks leave together, however slow one is. See `meeting.together`. Collective."""
+        return nullcontext() if self.group is None else together(self.group, phase)
 
     def minimum(self, value: int, device: torch.device) -> int:
         """The ranks' least `value`. Collective; waits for the device."""
