@@ -51,7 +51,10 @@ class JoinedExecutor:
         num_nodes = options.num_nodes
         # One node is the default and says nothing: nvrar then looks where the ranks really are.
         nodes = (num_nodes, self._group.size() // num_nodes) if num_nodes > 1 else None
-        tp = TensorParallel.over(self._group, options.all_reduce, options.all_reduce_plan, nodes)
+        tp = TensorParallel.over(
+            self._group, options.all_reduce, options.all_reduce_plan, nodes,
+            is_batch_invariant=options.batch_invariant,
+        )  # fmt: skip
         self._runner = Runner(options, config, tp, self._device, on_progress)
         self.depth = options.depth(is_asynchronous=self._device.type == "cuda")
         self.num_blocks = self._runner.num_blocks

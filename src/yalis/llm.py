@@ -52,6 +52,13 @@ class LLM:
     prepares a step while the one before it runs; left out, it is on wherever that helps. On a GPU steps that
     only decode are CUDA graphs, captured while loading, unless `enforce_eager`.
 
+    What else is in a step changes sums of many terms in their last bits, and so, where two tokens are all
+    but equally likely, a request's tokens: seldom in float32, now and then in 16-bit types. With
+    `batch_invariant` the same request gives the same greedy tokens and log probabilities, bit for bit,
+    whatever runs beside it, however its prompt was cut and whether it was preempted; on the same devices
+    with the same options. It needs `all_reduce` "nvrar". On a GPU prompts take longer, decoding of more
+    than a few sequences too; on a CPU, and in float32, tokens are computed one after the other.
+
     Raises ConfigError or CheckpointError, before any process starts, for what cannot work; WorkerError
     when a rank fails. Close it, or use it as a context manager, to stop the workers.
     """
@@ -77,6 +84,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         async_scheduling: bool | None = None,
         enforce_eager: bool = False,
+        batch_invariant: bool = False,
         seed: int = 0,
         on_progress: Progress | None = None,
     ) -> None:
@@ -99,6 +107,7 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             async_scheduling=async_scheduling,
             enforce_eager=enforce_eager,
+            batch_invariant=batch_invariant,
             seed=seed,
         )
         self.config = ModelConfig.from_folder(options.model)

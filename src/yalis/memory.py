@@ -24,15 +24,15 @@ def cache_bytes(
 ) -> int:
     """The memory for this rank's cache: what was asked for, or on a GPU what the rest leaves free.
 
-    `warm_up` runs the largest step, and `graph_bytes` says what CUDA graphs will take, so that room is left
-    for both. Called on CUDA only.
+    `warm_up` runs steps, the largest among them, and `graph_bytes` says what CUDA graphs will take, so that
+    room is left for both. Called on CUDA only.
     """
-    if options.kv_cache_memory_bytes is not None:
-        return options.kv_cache_memory_bytes
     if device.type != "cuda":
-        return _CPU_BYTES
+        return options.kv_cache_memory_bytes or _CPU_BYTES
     torch.cuda.reset_peak_memory_stats(device)
     warm_up()
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
     held, peak = stats["allocated_bytes.all.current"], stats["allocated_bytes.all.peak"]

@@ -37,6 +37,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
     enforce_eager: bool = False
+    batch_invariant: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +60,7 @@ class EngineOptions:
         _require_one_of("enable_prefix_caching", self.enable_prefix_caching, (True, False))
         _require_one_of("async_scheduling", self.async_scheduling, (None, True, False))
         _require_one_of("enforce_eager", self.enforce_eager, (True, False))
+        _require_one_of("batch_invariant", self.batch_invariant, (True, False))
         if self.pipeline_parallel_size != 1:
             raise ConfigError(
                 f"pipeline_parallel_size is {self.pipeline_parallel_size}; only 1 is supported yet. "
@@ -74,6 +76,11 @@ class EngineOptions:
             raise ConfigError(
                 f"all_reduce_plan is {self.all_reduce_plan!r}, but all_reduce is {self.all_reduce!r}, "
                 'which follows no plan; use all_reduce="nvrar" or leave the plan out'
+            )
+        if self.batch_invariant and self.all_reduce != "nvrar" and self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"batch_invariant is set, but all_reduce is {self.all_reduce!r}, whose sums depend on the "
+                'size of a message; use all_reduce="nvrar"'
             )
         _require_one_of("dtype", self.dtype, ("auto", *DTYPES))
         _require_one_of("load_format", self.load_format, LOAD_FORMATS)

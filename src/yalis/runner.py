@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yalis.attention import AttentionBackend, CacheShape
+from yalis.attention import AttentionBackend, AttentionMetadata, CacheShape, one_token_each
 from yalis.attention.choice import make_attention
 from yalis.config import ModelConfig
 from yalis.core import Batch, NewBlocks
@@ -26,6 +26,8 @@ from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights
 from yalis.weights.loader import Progress, WeightSource, check_weights, load_weights
 
+_FEW_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+
 
 class Runner:
     """Construction loads this rank's weights. With several ranks every method is collective."""
@@ -41,8 +43,10 @@ class Runner:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._options, self._config, self._tp, self._device = options, config, tp, device
         self._trace = trace_on(device.type)
-        with tp.together("loading weights"):  # a collective waits less long than a slow rank may read
-            self.model = CausalLM(config, Placement(tp, dtype, device))
+        with tp.together(
+            "loading weights"
+        ):  # a collective waits less long than a slow rank may read
+            self.model = CausalLM(config, Placement(tp, dtype, device, options.batch_invariant))
             load_weights(self.model, open_weights(options), on_progress)
             tp.all_reduce.warm_up(dtype)
         self._cache_shape = CacheShape(
@@ -124,14 +128,32 @@ class Runner:
         self._tp.all_reduce.close()
 
     def _forward(self, inputs: StepInputs) -> Tensor:
-        attend = self._attention.prepare(inputs.attention)
-        hidden: Tensor = self.model(inputs.token_ids, inputs.positions, attend)
+        if not self._goes_one_by_one:
+            return self._compute(inputs.token_ids, inputs.positions, inputs.attention)
+        # In order: a token sees those before it, of its own sequence and of one whose blocks it shares.
+        one_by_one = zip(
+            torch.split(inputs.token_ids, 1),
+            torch.split(inputs.positions, 1),
+            one_token_each(inputs.attention, 1),
+            strict=True,
+        )
+        return torch.cat([self._compute(*token) for token in one_by_one])
+
+    def _compute(self, token_ids: Tensor, positions: Tensor, at: AttentionMetadata) -> Tensor:
+        hidden: Tensor = self.model(token_ids, positions, self._attention.prepare(at))
         return hidden
+
+    @property
+    def _goes_one_by_one(self) -> bool:
+        """Whether rows of a step have the same bits as alone only if they are computed alone."""
+        return self._options.batch_invariant and not self._attention.is_capturable
 
     def _share(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
         """This rank's share of the logits of the rows that draw."""
         if inputs.drawing_rows is not None:
             hidden = hidden.index_select(0, inputs.drawing_rows)
+        if self._goes_one_by_one:
+            return torch.cat([self.model.lm_head(row) for row in torch.split(hidden, 1)])
         share: Tensor = self.model.lm_head(hidden)
         return share
 
@@ -169,6 +191,7 @@ class Runner:
             max_num_seqs=options.max_num_seqs,
             max_model_len=options.resolved_max_model_len(self._config),
             windows=self._config.traits.windows,
+            is_batch_invariant=options.batch_invariant,
         )
         inputs = InputPreparer(
             max_num_seqs=options.max_num_seqs,
@@ -182,12 +205,16 @@ class Runner:
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """Run the largest step there can be, over a cache of one block. Collective."""
+        """Run steps of few tokens and the largest there can be, over a cache of one block. Collective.
+
+        Which kernels serve follows from the number of tokens: from here on, all of them are compiled.
+        """
         self._attention, self._inputs = self._make_cache(1)
-        batch = largest_batch(self._options, self._options.resolved_max_model_len(self._config))
-        hidden = self.forward(batch)
-        head = self.model.lm_head
-        head.gather(head(hidden[: self._options.max_num_seqs]))
+        max_model_len = self._options.resolved_max_model_len(self._config)
+        for num_tokens in (*_FEW_TOKENS, self._options.max_num_batched_tokens):
+            hidden = self.forward(prompts_of(num_tokens, self._options, max_model_len))
+            head = self.model.lm_head
+            head.gather(head(hidden[: self._options.max_num_seqs]))
         del self._attention, self._inputs
 
     def _graph_bytes(self) -> int:
@@ -201,9 +228,9 @@ class Runner:
         return num_bytes
 
 
-def largest_batch(options: EngineOptions, max_model_len: int) -> Batch:
-    """Prompts of as many tokens as a step may have, all of them in block 0."""
-    num_left = options.max_num_batched_tokens
+def prompts_of(num_tokens: int, options: EngineOptions, max_model_len: int) -> Batch:
+    """Prompts of so many tokens, or as many as a step may have, all of them in block 0."""
+    num_left = min(num_tokens, options.max_num_batched_tokens)
     lengths: list[int] = []
     while num_left and len(lengths) < options.max_num_seqs:
         lengths.append(min(num_left, max_model_len))

@@ -119,7 +119,10 @@ def _make_runner(
     store = open_store(place.host, place.port, is_host=False)
     group = join_default_group(store, place.rank, place.world_size, device)
     nodes = (options.num_nodes, place.world_size // options.num_nodes)
-    tp = TensorParallel.over(group, options.all_reduce, options.all_reduce_plan, nodes)
+    tp = TensorParallel.over(
+        group, options.all_reduce, options.all_reduce_plan, nodes,
+        is_batch_invariant=options.batch_invariant,
+    )  # fmt: skip
     return Runner(options, start.config, tp, device, on_progress)
 
 

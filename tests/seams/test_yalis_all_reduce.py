@@ -137,3 +137,14 @@ def test_dummy_weights_are_the_same_model_at_any_size(tmp_path: Path) -> None:
         LLM(str(tmp_path), tensor_parallel_size=2, **options) as two,
     ):
         assert one.generate([[5, 6, 7]], GREEDY) == two.generate([[5, 6, 7]], GREEDY)
+
+
+def test_batch_invariant_ranks_give_the_same_bits_alone_and_together(
+    checkpoints: dict[str, Path],
+) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
+    with LLM(str(checkpoints["odd"]), tensor_parallel_size=2, batch_invariant=True) as llm:
+        together = llm.generate(PROMPTS, params)
+        alone = [llm.generate(prompt, params)[0] for prompt in PROMPTS[:2]]
+    for one, among in zip(alone, together, strict=False):
+        assert one.outputs[0].logprobs == among.outputs[0].logprobs

@@ -71,8 +71,13 @@ def outputs(backend: AttentionBackend, layer: AttentionLayer) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("has_qk_norm", "window"), [(False, None), (True, None), (False, 5)])
-def test_outputs_are_those_of_torch(has_qk_norm: bool, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("has_qk_norm", "window", "is_batch_invariant"),
+    [(False, None, False), (True, None, False), (False, 5, False), (True, 5, True)],
+)
+def test_outputs_are_those_of_torch(
+    has_qk_norm: bool, window: int | None, is_batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = [1 + torch.arange(16) / 16, 2 - torch.arange(16) / 16] if has_qk_norm else [None] * 2
     layer = AttentionLayer(1, window, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
     paged = PagedAttention(
@@ -83,7 +88,9 @@ def test_outputs_are_those_of_torch(has_qk_norm: bool, window: int | None) -> No
         max_num_seqs=MAX_SEQS,
         max_model_len=MAX_LEN,
         windows=(None, 5),
+        is_batch_invariant=is_batch_invariant,
     )
+    monkeypatch.setattr("yalis.attention.paged._MOST_TOKENS", 8)  # several portions
     wanted = outputs(SdpaAttention(SHAPE, NUM_BLOCKS + 1, CPU), layer)
     for found, theirs in zip(outputs(paged, layer), wanted, strict=True):
         torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)

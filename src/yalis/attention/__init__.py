@@ -7,6 +7,7 @@ a sequence's tokens lie in the blocks of its table, `block_size` to a block, in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +56,27 @@ class AttentionMetadata:
     seq_lens: Tensor
     block_tables: Tensor
     cache_indices: Tensor
+
+
+def one_token_each(metadata: AttentionMetadata, most: int) -> Iterator[AttentionMetadata]:
+    """The same step, `most` tokens at a time, as sequences of one new token each. Waits for no device."""
+    starts, num_tokens = metadata.query_starts, len(metadata.cache_indices)
+    rows = torch.arange(num_tokens, dtype=torch.int32, device=starts.device)
+    seqs = torch.repeat_interleave(starts.diff(), output_size=num_tokens)
+    lens = metadata.seq_lens[seqs] - (starts[1:][seqs] - 1 - rows)
+    for first in range(0, num_tokens, most):
+        part = slice(first, min(first + most, num_tokens))
+        yield AttentionMetadata(
+            num_decodes=part.stop - first,
+            max_query_len=1,
+            max_seq_len=metadata.max_seq_len,
+            query_starts=torch.arange(
+                part.stop - first + 1, dtype=torch.int32, device=starts.device
+            ),
+            seq_lens=lens[part],
+            block_tables=metadata.block_tables[seqs[part]],
+            cache_indices=metadata.cache_indices[part],
+        )
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,13 @@ def make_attention(
     max_num_seqs: int,
     max_model_len: int,
     windows: Sequence[int | None],
+    is_batch_invariant: bool = False,
 ) -> AttentionBackend:
-    """A backend with its cache of `num_blocks`. `num_heads` are this rank's; `windows` as in `Traits`."""
+    """A backend with its cache of `num_blocks`. `num_heads` are this rank's; `windows` as in `Traits`.
+
+    With `is_batch_invariant` a token's bits follow from its sequence alone; of a backend that is not
+    capturable, if it is given one token at a time.
+    """
     reason = _why_not_paged(shape, device)
     if reason is None:
         from yalis.attention.paged import PagedAttention
@@ -36,6 +41,7 @@ def make_attention(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             windows=windows or (None,),
+            is_batch_invariant=is_batch_invariant,
         )
     if reason:
         logging.getLogger("yalis").warning(

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape
+from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape, one_token_each
 from yalis.kernels.decode_attention import DecodeWorkspace, decode_attention, plan_decode
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
+
+_MOST_TOKENS = 256  # that attend at once, each for itself
 
 
 class PagedAttention:
@@ -34,19 +36,28 @@ class PagedAttention:
         max_num_seqs: int,
         max_model_len: int,
         windows: Sequence[int | None] = (None,),
+        is_batch_invariant: bool = False,
     ) -> None:
-        """`num_heads` are this rank's; `windows` of the layers, as in `AttentionLayer`."""
+        """`num_heads` are this rank's; `windows` of the layers, as in `AttentionLayer`.
+
+        With `is_batch_invariant` a token's bits follow from its sequence alone, not from whether it was part
+        of a prompt.
+        """
         size = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
         self._keys = torch.empty(size, dtype=shape.dtype, device=device)
         self._values = torch.empty(size, dtype=shape.dtype, device=device)
+        self._is_batch_invariant = is_batch_invariant
+        num_rows = max(max_num_seqs, _MOST_TOKENS) if is_batch_invariant else max_num_seqs
         self._workspace = DecodeWorkspace.allocate(
-            max_num_seqs, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device,
+            num_rows, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device,
             windows=windows,
         )  # fmt: skip
 
     def prepare(self, metadata: AttentionMetadata) -> PagedStep:
-        plan_decode(metadata.query_starts, metadata.seq_lens, self._workspace)
-        return PagedStep(self._keys, self._values, self._workspace, metadata)
+        goes_one_by_one = self._is_batch_invariant and metadata.max_query_len > 1
+        if not goes_one_by_one:
+            plan_decode(metadata.query_starts, metadata.seq_lens, self._workspace)
+        return PagedStep(self._keys, self._values, self._workspace, metadata, goes_one_by_one)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class PagedStep:
     values: Tensor
     workspace: DecodeWorkspace
     metadata: AttentionMetadata
+    goes_one_by_one: bool  # tokens of prompts attend as if they were decoded
 
     def __call__(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
@@ -66,10 +78,26 @@ class PagedStep:
             q_weight=layer.q_weight, k_weight=layer.k_weight, eps=layer.eps,
         )  # fmt: skip
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
         scale = q.shape[-1] ** -0.5
+        if self.goes_one_by_one:
+            self._attend_one_by_one(q, keys, values, out, scale, layer.window)
+            return out
+        where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
         # A chunk of one token is a decode to the kernels: where there are chunks, both are asked.
         decode_attention(q, *where, self.workspace, out, scale=scale, window=layer.window)
         if at.max_query_len > 1:
             prefill_attention(q, *where, out, scale=scale, window=layer.window)
         return out
+
+    def _attend_one_by_one(
+        self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float, window: int | None
+    ) -> None:
+        first = 0
+        for at in one_token_each(self.metadata, _MOST_TOKENS):
+            rows = slice(first, first + len(at.seq_lens))
+            plan_decode(at.query_starts, at.seq_lens, self.workspace)
+            decode_attention(
+                q[rows], keys, values, at.block_tables, at.query_starts, at.seq_lens, self.workspace,
+                out[rows], scale=scale, window=window,
+            )  # fmt: skip
+            first = rows.stop

@@ -37,6 +37,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "au
     add("--device", choices=DEVICES, default="auto")
     add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="a request's tokens do not depend on what runs beside it; slower",
+    )
 
 
 def is_first_rank() -> bool:
@@ -60,6 +65,7 @@ def make_llm(
         "device": args.device,
         "max_model_len": args.max_model_len,
         "enforce_eager": args.enforce_eager,
+        "batch_invariant": args.batch_invariant,
         "seed": args.seed,
     }
     return LLM(args.model, on_progress=progress, **(asked | options))

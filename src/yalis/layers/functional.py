@@ -15,24 +15,33 @@ from torch import Tensor
 from yalis.device import has_kernels
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x `[num_tokens, num_in]` W^T + b: `[num_tokens, num_out]`."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_batch_invariant: bool = False
+) -> Tensor:
+    """x `[num_tokens, num_in]` W^T + b: `[num_tokens, num_out]`.
+
+    `is_batch_invariant` asks for rows whose bits do not depend on their number. Kernels have them; where
+    there are none, whoever calls must bring one row at a time.
+    """
     if _has_kernels(x):
         from yalis.kernels import linear as kernels
 
-        return kernels.linear(x, weight, bias)
+        return kernels.linear(x, weight, bias, is_batch_invariant=is_batch_invariant)
     return F.linear(x, weight, bias)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of a product `[num_tokens, 2 * size]`, gates first: `[num_tokens, size]`."""
+def linear_silu_and_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_batch_invariant: bool = False
+) -> Tensor:
+    """silu(gate) * up of `linear` to `[num_tokens, 2 * size]`, gates first: `[num_tokens, size]`."""
     if _has_kernels(x):
         from yalis.kernels import activation
         from yalis.kernels import linear as kernels
 
         if bias is None:
-            return kernels.linear_silu_and_mul(x, weight)
-        return activation.silu_and_mul(linear(x, weight, bias))
+            return kernels.linear_silu_and_mul(x, weight, is_batch_invariant=is_batch_invariant)
+        product = linear(x, weight, bias, is_batch_invariant=is_batch_invariant)
+        return activation.silu_and_mul(product)
     gate, up = linear(x, weight, bias).chunk(2, dim=-1)
     return F.silu(gate) * up
 

@@ -39,13 +39,14 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._in_features = in_features
+        self._is_batch_invariant = at.is_batch_invariant
         self._pieces = tuple(pieces)
         self.sizes = [len(piece.rows) for piece in pieces]
         self.weight = at.empty(sum(self.sizes), in_features)
         self.bias = at.empty(sum(self.sizes)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, is_batch_invariant=self._is_batch_invariant)
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         parent = path.rpartition(".")[0]  # the pieces are its siblings there
@@ -66,7 +67,9 @@ class GatedLinear(ColumnLinear):
     """silu(gate) * up of two pieces, gate first: `[num_tokens, in_features]` to `[num_tokens, size]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_silu_and_mul(x, self.weight, self.bias)
+        return linear_silu_and_mul(
+            x, self.weight, self.bias, is_batch_invariant=self._is_batch_invariant
+        )
 
 
 class RowLinear(nn.Module):
@@ -80,12 +83,13 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self._in_features, self._columns = in_features, columns
+        self._is_batch_invariant = at.is_batch_invariant
         self.weight = at.empty(out_features, len(columns))
         # On one rank only: it must count once in the sum.
         self.bias = at.empty(out_features) if bias and at.tp.rank == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, is_batch_invariant=self._is_batch_invariant)
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         rows = slice(0, self.weight.shape[0])

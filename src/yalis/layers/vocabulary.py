@@ -22,6 +22,7 @@ class _VocabularyShard(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, at: Placement) -> None:
         super().__init__()
         self._tp = at.tp
+        self._is_batch_invariant = at.is_batch_invariant
         self._vocab_size, self._hidden_size = vocab_size, hidden_size
         self._rows, width = padded_split(vocab_size, at.tp.size, at.tp.rank)
         self.weight = at.empty(width, hidden_size)
@@ -57,7 +58,7 @@ class VocabularyHead(_VocabularyShard):
         self._is_tied = True
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weight)
+        return linear(hidden, self.weight, is_batch_invariant=self._is_batch_invariant)
 
     def gather(self, share: Tensor) -> Tensor | None:
         """All logits, `[n, vocab_size]`, on rank 0; None elsewhere. Collective.

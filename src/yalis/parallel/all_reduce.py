@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import nvrar
+from yalis.errors import ConfigError
 from yalis.layers import functional
 
 SYMM_MEM_ALL_REDUCES = ("symm-one-shot", "symm-two-shot")
@@ -95,11 +96,20 @@ class TorchAllReduce(AllReduce):
 class NvrarAllReduce(AllReduce):
     """`nvrar.Communicator`, in place."""
 
-    def __init__(self, group: dist.ProcessGroup, nodes: tuple[int, int] | None, plan: str) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        nodes: tuple[int, int] | None,
+        plan: str,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         topology = None  # nvrar detects it from the launcher's variables or the host names
         if nodes is not None:
             topology = nvrar.Topology(num_nodes=nodes[0], ranks_per_node=nodes[1])
-        self._communicator = nvrar.Communicator(group=group, topology=topology, plan=plan)
+        self._communicator = nvrar.Communicator(
+            group=group, topology=topology, plan=plan, deterministic=deterministic
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._communicator.all_reduce(x, out=x)
@@ -130,6 +140,48 @@ class NvrarAllReduce(AllReduce):
 
     def close(self) -> None:
         self._communicator.close()
+
+
+class BatchInvariantAllReduce(NvrarAllReduce):
+    """The same, with bits of a row that do not depend on the number of rows.
+
+    Raises ConfigError at a call which only torch's all-reduce could do, whose bits do.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, nodes: tuple[int, int] | None, plan: str) -> None:
+        super().__init__(group, nodes, plan, deterministic=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for part in torch.split(x, self._most_rows(x)):
+            super().__call__(part)
+        self._require_no_fallback()
+        return x
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        most = self._most_rows(x)
+        parts = zip(torch.split(x, most), torch.split(residual, most), strict=True)
+        results = [
+            super(BatchInvariantAllReduce, self).add_rms_norm(*p, weight, eps) for p in parts
+        ]
+        self._require_no_fallback()
+        if len(results) == 1:
+            return results[0]
+        normed, total = zip(*results, strict=True)
+        return torch.cat(normed), torch.cat(total)
+
+    def _most_rows(self, x: Tensor) -> int:
+        """How many to sum at once: nvrar leaves messages above max_bytes to torch."""
+        return max(self._communicator.max_bytes * len(x) // max(x.nbytes, 1), 1)
+
+    def _require_no_fallback(self) -> None:
+        reason = next(iter(self._communicator.stats.fallbacks), None)
+        if reason is not None:
+            raise ConfigError(
+                "batch_invariant is set, but nvrar leaves sums to torch, whose bits depend on the size of a "
+                f"message: {reason}; leave batch_invariant out, or see what `nvrar info` says is missing"
+            )
 
 
 class AllReduceSwitch(AllReduce):
@@ -177,12 +229,18 @@ def make_all_reduce(
     group: dist.ProcessGroup,
     nodes: tuple[int, int] | None,
     plan: str,
+    is_batch_invariant: bool = False,
 ) -> AllReduce:
-    """The backend called `name` over `group`. Collective. `nodes` is (num_nodes, ranks_per_node)."""
+    """The backend called `name` over `group`. Collective. `nodes` is (num_nodes, ranks_per_node).
+
+    Of those, nvrar alone can be batch invariant.
+    """
     if name == "torch":
         return TorchAllReduce(group)
     if name in SYMM_MEM_ALL_REDUCES:
         from yalis.parallel.symm_mem import SymmMemAllReduce  # which derives from AllReduce
 
         return SymmMemAllReduce(name, group)
+    if is_batch_invariant:
+        return BatchInvariantAllReduce(group, nodes, plan)
     return NvrarAllReduce(group, nodes, plan)

@@ -35,10 +35,22 @@ class TensorParallel:
 
     @classmethod
     def over(
-        cls, group: dist.ProcessGroup, all_reduce: str, plan: str, nodes: tuple[int, int] | None
+        cls,
+        group: dist.ProcessGroup,
+        all_reduce: str,
+        plan: str,
+        nodes: tuple[int, int] | None,
+        *,
+        is_batch_invariant: bool = False,
     ) -> TensorParallel:
         """This process's place in `group`. Collective. See `make_all_reduce` for the rest."""
-        make = partial(make_all_reduce, group=group, nodes=nodes, plan=plan)
+        make = partial(
+            make_all_reduce,
+            group=group,
+            nodes=nodes,
+            plan=plan,
+            is_batch_invariant=is_batch_invariant,
+        )
         return cls(group.rank(), group.size(), AllReduceSwitch(make, all_reduce), group)
 
     def choose_all_reduce(self, name: str) -> None:
@@ -106,11 +118,14 @@ def join_default_group(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a layer's part of the weights lives, and in what type."""
+    """Where a layer's part of the weights lives, in what type, and whether products of it with a token must
+    have the same bits whatever other tokens are beside it.
+    """
 
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
+    is_batch_invariant: bool = False
 
     def empty(self, *shape: int) -> torch.nn.Parameter:
         data = torch.empty(shape, dtype=self.dtype, device=self.device)
