@@ -15,23 +15,30 @@ from pathlib import Path
 from nvrar import NvrarError
 from yalis.commands import bench
 from yalis.commands.common import add_model_options, is_first_rank, make_llm
-from yalis.errors import ConfigError, YalisError
+from yalis.errors import ConfigError, WorkerError, YalisError
 from yalis.outputs import RequestOutput
 from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.progress import TerminalProgress
 from yalis.sampling_params import SamplingParams
 from yalis.testing import make_checkpoint
+from yalis.tokenizer import Tokenizer
 
+_FAILED = 1
 _MISUSE = 2
 _INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit status. What goes wrong is one line on standard error."""
+    """Run one command; the process's exit status. What goes wrong is one line on standard error; of a worker
+    that fails, its traceback too.
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
     try:
         args.run(args)
+    except WorkerError as error:
+        print(f"yalis: error: {error}", file=sys.stderr)
+        return _FAILED
     except (YalisError, NvrarError, OSError) as error:
         if args.verbose:
             traceback.print_exc()
@@ -44,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    if Path(args.model).is_dir() and not Tokenizer.exists(args.model):  # before loading takes long
+        raise ConfigError(
+            f"{args.model}/tokenizer.json is missing, and prompts are texts; add it, or give token ids to "
+            "LLM.generate, or measure with yalis bench, which draws its own"
+        )
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,

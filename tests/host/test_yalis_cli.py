@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from yalis import LLM, SamplingParams
+from yalis import LLM, SamplingParams, WorkerError
 from yalis.cli import main
 
 pytestmark = pytest.mark.host
+
+LARGE = str(Path(__file__).parents[2] / "examples" / "configs" / "llama-3.1-405b")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,10 @@ def test_generate_prints_text_that_cannot_steer_the_terminal(
     ("arguments", "message"),
     [
         (["generate", "/no/such", "--prompt", "x"], "/no/such is not a folder"),
+        (
+            ["generate", LARGE, "--load-format", "dummy", "--prompt", "x"],
+            "tokenizer.json is missing",
+        ),
         (["generate", "MODEL", "--prompt", ""], "prompt 0 is empty"),
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
         (["generate", "MODEL", "--prompt", "x", "--tensor-parallel-size", "3"], "does not divide"),
@@ -107,6 +113,19 @@ def test_an_error_is_one_line_and_status_two(
     assert err.startswith("yalis: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_worker_that_fails_is_quoted_in_full(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise WorkerError("rank 1 failed: KeyError: 'x'\n\nTraceback\n  in its own words")
+
+    monkeypatch.setattr("yalis.cli.make_llm", fail)
+    assert main(["generate", model, "--prompt", "x"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("yalis: error: rank 1 failed: KeyError: 'x'")
+    assert "in its own words" in err
 
 
 def test_no_module_of_ours_needs_transformers() -> None:
