@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -32,10 +33,18 @@ TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS = ("install", "gpu", "nodes", "root")
 
+
+def _python(words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words)
+        runpy.run_path(words[0], run_name="__main__")
+
+
 MAINS: dict[str, Callable[[list[str]], int | None]] = {
     "nvrar": nvrar.cli.main,
     "yalis": yalis.cli.main,
     "torchrun": torch.distributed.run.main,
+    "python": _python,
 }
 _MODULES = {
     "nvrar": ["-m", "nvrar.cli"],
