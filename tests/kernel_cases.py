@@ -141,14 +141,10 @@ def attentions(device: torch.device, dtype: torch.dtype) -> None:
     """Of contexts with splits of several lengths, of all that is before a token and of windows."""
     seq_lens = [1, 0, SPLIT, SPLIT + 1, 40, 2 * SPLIT + 190, 33, SPLIT - 1, 300, 15]
     num_new = [1, 0, 1, 1, 40, 1, 1, 1, 290, 2]
-    for num_heads, num_kv_heads, head_dim in [
-        (8, 2, 64),
-        (6, 2, 80),
-        (7, 1, 96),
-        (8, 1, 128),
-        (2, 2, 256),
-        (1, 1, 16),
-    ]:
+    heads = [(8, 2, 64), (7, 1, 96), (6, 2, 80), (8, 1, 128), (2, 2, 256), (1, 1, 16)]
+    if device.type == "cpu" and dtype != torch.float32:
+        heads = heads[:2]  # the interpreter takes its time
+    for num_heads, num_kv_heads, head_dim in heads:
         q, caches, tables, starts, lens = paged(
             seq_lens, num_new, num_heads, num_kv_heads, head_dim, device=device, dtype=dtype
         )
@@ -163,11 +159,20 @@ def attentions(device: torch.device, dtype: torch.dtype) -> None:
             )
             out = torch.zeros(q.shape, dtype=dtype, device=device)
             attend(q, caches, tables, starts, lens, workspace, out, window=window)
-            in_triton = torch.zeros_like(out)
-            attend(
-                q, caches, tables, starts, lens, workspace, in_triton, window=window, in_triton=True
-            )
-            near(in_triton, out, units=16 if dtype == torch.float32 else 2, scale=0.5)
+            if device.type == "cuda":  # elsewhere there is nothing but Triton
+                in_triton = torch.zeros_like(out)
+                attend(
+                    q,
+                    caches,
+                    tables,
+                    starts,
+                    lens,
+                    workspace,
+                    in_triton,
+                    window=window,
+                    in_triton=True,
+                )
+                near(in_triton, out, units=16 if dtype == torch.float32 else 2, scale=0.5)
             # The weights are rounded to the type before they meet the values.
             near(out, expected, units=16 if dtype == torch.float32 else 2, scale=0.5)
             assert not workspace.tickets.any()

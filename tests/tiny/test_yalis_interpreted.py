@@ -1,0 +1,89 @@
+"""The engine as it is on a GPU, but for the GPU: Triton's interpreter runs the kernels, on CPU tensors.
+
+Paged attention, chunks, padded batches of decodes and the kernels' shapes and strides, all in one piece:
+in float32 the tokens are those of torch's operations.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU is here: tests/gpu runs the engine on it", allow_module_level=True)
+# Read where a kernel is defined, those of triton's own library among them.
+os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="needs triton, which `make` installs")
+
+from yalis import LLM, SamplingParams, runner
+from yalis.attention import choice
+from yalis.graphs import Decoded, DecodeGraphs
+from yalis.inputs import Uploaded
+from yalis.layers import functional
+from yalis.testing import make_checkpoint
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"sliding_window": 7},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {},
+}
+PROMPTS = [[5, 6, 7] * 4, [9, 8], [11, 12, 13, 14, 15, 16, 17]]
+PARAMS = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+
+
+class PretendedGraphs(DecodeGraphs):
+    """Keeps where a batch of each size is brought to, and computes on that for every replay."""
+
+    num_replays = 0
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        upload: Callable[[int], Uploaded],
+        compute: Callable[[Uploaded], Decoded],
+        *_: Any,
+    ) -> None:
+        self._sizes = sorted(sizes)
+        self._compute = compute
+        self._uploaded = {size: upload(size) for size in self._sizes}
+
+    def replay(self, num_rows: int) -> Decoded:
+        PretendedGraphs.num_replays += 1
+        return self._compute(self._uploaded[num_rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_torchs_operations(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = {"architectures": [f"{family}ForCausalLM"]}
+    make_checkpoint(tmp_path, **architecture, **SHAPE, **FAMILIES[family])
+
+    def tokens(**options: Any) -> list[tuple[int, ...]]:
+        # Three sequences pad to four rows. A step takes eight tokens, so the longest prompt comes in chunks.
+        sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "block_size": 4}
+        options = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 18} | sizes | options
+        with LLM(str(tmp_path), device="cpu", **options) as llm:
+            return [output.token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+    expected = tokens()
+    monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(choice, "_why_not_paged", lambda *_: None)
+    monkeypatch.setattr(runner, "DecodeGraphs", PretendedGraphs)
+    monkeypatch.setattr(PretendedGraphs, "num_replays", 0)
+    assert tokens() == expected
+    assert PretendedGraphs.num_replays > 0
