@@ -36,8 +36,8 @@ class Executor(Protocol):
         """Wait for the steps under way and forget what they drew, after an error or an interrupt."""
         ...
 
-    def agree(self, digest: bytes) -> None:
-        """Raise unless every process that drives this executor's ranks passes the same bytes."""
+    def agree(self, requests: list[Request]) -> None:
+        """Raise unless every process that drives this executor's ranks passes equal requests."""
         ...
 
     def use_all_reduce(self, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from yalis.config import ModelConfig
-from yalis.core import Batch, StepResult
+from yalis.core import Batch, Request, StepResult
 from yalis.device import pick_device
 from yalis.drawing import PendingStep
 from yalis.engine import Executor
@@ -64,8 +64,8 @@ class LocalExecutor:
         while self._under_way:
             self._under_way.popleft().wait()
 
-    def agree(self, digest: bytes) -> None:
-        pass
+    def agree(self, requests: list[Request]) -> None:
+        pass  # nobody else drives this rank
 
     def use_all_reduce(self, name: str) -> None:
         self.runner.use_all_reduce(name)

@@ -9,6 +9,7 @@ begin, and the tokens, which rank 0 draws and the others get.
 from __future__ import annotations
 
 import atexit
+import hashlib
 from collections import deque
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from nvrar.launch import Seat
 from yalis.config import ModelConfig
-from yalis.core import Batch, StepResult
+from yalis.core import Batch, Request, StepResult
 from yalis.device import pick_device
 from yalis.drawing import PendingStep
 from yalis.errors import RequestError
@@ -77,7 +78,8 @@ class JoinedExecutor:
         while self._under_way:
             self._under_way.popleft().wait()
 
-    def agree(self, digest: bytes) -> None:
+    def agree(self, requests: list[Request]) -> None:
+        digest = hashlib.sha256(repr(requests).encode()).digest()
         digests: list[bytes | None] = [None] * self._group.size()
         dist.all_gather_object(digests, digest, group=self._group)
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]

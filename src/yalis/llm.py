@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections import deque
@@ -216,7 +215,7 @@ class LLM:
         )
 
     def _begin(self, requests: list[Request], *, is_streamed: bool) -> list[int]:
-        self._executor.agree(hashlib.sha256(repr(requests).encode()).digest())
+        self._executor.agree(requests)
         for request in requests:
             self.engine.check(request)
         ids = [self.engine.add(request, is_streamed=is_streamed) for request in requests]

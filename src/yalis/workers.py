@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import nvrar
 from yalis.config import ModelConfig
-from yalis.core import Batch, StepResult
+from yalis.core import Batch, Request, StepResult
 from yalis.device import device_type, require_gpus
 from yalis.errors import ConfigError, WorkerError
 from yalis.messages import (
@@ -104,7 +104,7 @@ class WorkerGroup:
         while self._num_under_way and self._failure is None:
             self.result()
 
-    def agree(self, digest: bytes) -> None:
+    def agree(self, requests: list[Request]) -> None:
         pass  # one driver: there is nobody to disagree with
 
     def use_all_reduce(self, name: str) -> None:
