@@ -43,9 +43,8 @@ class Runner:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._options, self._config, self._tp, self._device = options, config, tp, device
         self._trace = trace_on(device.type)
-        with tp.together(
-            "loading weights"
-        ):  # a collective waits less long than a slow rank may read
+        # A collective waits less long than a slow rank may read.
+        with tp.together("loading weights"):
             self.model = CausalLM(config, Placement(tp, dtype, device, options.batch_invariant))
             load_weights(self.model, open_weights(options), on_progress)
             tp.all_reduce.warm_up(dtype)
