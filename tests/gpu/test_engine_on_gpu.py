@@ -125,6 +125,25 @@ def test_chunks_preemption_and_padding_change_nothing_but_roundings(
     check(serve(model, max_num_seqs=5, enable_prefix_caching=False), reference)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["one rank", "two ranks"])
+def test_batch_invariant_requests_have_the_bits_they_have_alone(num_ranks: int, model: str) -> None:
+    if num_ranks > torch.cuda.device_count():
+        pytest.skip("needs two or more CUDA GPUs")
+    options = {"batch_invariant": True, "tensor_parallel_size": num_ranks}
+    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True, logprobs=0)
+    few_blocks = (4 * 6 + 1) * 2 * 4 * 2 * 64 * 16 * 2 // num_ranks  # for four requests of eight
+    alone = serve(model, params, max_num_seqs=1, enable_prefix_caching=False, **options)
+    for other in (
+        serve(model, params, **options),
+        serve(
+            model, params, max_num_batched_tokens=24, kv_cache_memory_bytes=few_blocks, **options
+        ),
+    ):
+        for one, among in zip(alone, other, strict=True):
+            assert one.token_ids == among.token_ids
+            assert one.outputs[0].logprobs == among.outputs[0].logprobs
+
+
 def test_draws_of_every_kind_are_the_same_in_graphs(model: str) -> None:
     kinds = [
         GREEDY,
