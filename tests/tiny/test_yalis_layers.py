@@ -49,8 +49,8 @@ def fakes(calls: list[str]) -> dict[str, dict[str, Any]]:
     }
 
     def noting(name: str) -> Any:
-        def call(*args: Any) -> Any:
-            calls.append(name)
+        def call(*args: Any, is_batch_invariant: bool = False) -> Any:
+            calls.append("invariant_" * is_batch_invariant + name)
             return reference[name](*args)
 
         return call
@@ -85,10 +85,16 @@ CALLS: list[tuple[str, tuple[Any, ...], str]] = [
 ]
 
 
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
 @pytest.mark.parametrize(("name", "args", "kernels"), CALLS)
 def test_a_gpu_asks_its_kernels_for_what_torch_computes(
-    name: str, args: tuple[Any, ...], kernels: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    args: tuple[Any, ...],
+    kernels: str,
+    is_batch_invariant: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    how = {"is_batch_invariant": True} if is_batch_invariant and "linear" in name else {}
     want = getattr(functional, name)(*args)
     calls: list[str] = []
     for module_name, functions in fakes(calls).items():
@@ -97,8 +103,10 @@ def test_a_gpu_asks_its_kernels_for_what_torch_computes(
         monkeypatch.setitem(sys.modules, f"yalis.kernels.{module_name}", module)
         monkeypatch.setattr(f"yalis.kernels.{module_name}", module, raising=False)
     monkeypatch.setattr(functional, "_has_kernels", lambda x: True)
-    torch.testing.assert_close(getattr(functional, name)(*args), want)
-    assert calls == kernels.split()
+    torch.testing.assert_close(getattr(functional, name)(*args, **how), want)
+    # Products alone mix rows.
+    expected = kernels.replace("linear", "invariant_linear") if how else kernels
+    assert calls == expected.split()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
