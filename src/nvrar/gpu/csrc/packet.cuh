@@ -13,7 +13,7 @@
 // that two ranks that disagree about the call find out instead of adding what does not belong together.
 #pragma once
 
-#include "plan.cuh"
+#include "ptx.cuh"
 
 namespace nvrar {
 
@@ -28,28 +28,6 @@ template <int kWords_>
 struct Value {
     u64 word[kWords_];
 };
-
-inline void store_16(char* address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(address), "r"(a), "r"(b), "r"(c),
-                 "r"(d)
-                 : "memory");
-}
-
-inline void store_16(char* address, u64 a, u64 b) {
-    asm volatile("st.volatile.global.v2.u64 [%0], {%1,%2};" ::"l"(address), "l"(a), "l"(b) : "memory");
-}
-
-// One instruction for data and flag: two loads could pair a new flag with an old payload.
-inline void load_16(const char* address, u32& a, u32& b, u32& c, u32& d) {
-    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
-                 : "l"(address)
-                 : "memory");
-}
-
-inline void load_16(const char* address, u64& a, u64& b) {
-    asm volatile("ld.volatile.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(address) : "memory");
-}
 
 struct LL {
     static constexpr int kThreads = 1;
@@ -69,6 +47,7 @@ struct LL {
     }
 
     static Arrival load(const char* slot, Payload& value, Flag flag) {
+        // One instruction for data and flag: two loads could pair a new flag with an old payload.
         u32 low, first, high, second;
         load_16(slot, low, first, high, second);
         value.word[0] = u64(high) << 32 | low;
@@ -103,14 +82,14 @@ struct LL128 {
     static void store(char* slot, const Payload& value, Flag flag) {
         const u64 mark = u64(flag.signature) << 32 | flag.epoch;
         const bool holds = holds_flag(threadIdx.x & 31);
-        store_16(slot, value.word[0], holds ? mark : value.word[1]);
-        store_16(slot + 512, holds ? value.word[1] : value.word[2], holds ? mark : value.word[3]);
+        store_line_share(slot, value.word[0], holds ? mark : value.word[1]);
+        store_line_share(slot + 512, holds ? value.word[1] : value.word[2], holds ? mark : value.word[3]);
     }
 
     static Arrival load(const char* slot, Payload& value, Flag flag) {
         u64 a, b, c, d;
-        load_16(slot, a, b);
-        load_16(slot + 512, c, d);
+        load_line_share(slot, a, b);
+        load_line_share(slot + 512, c, d);
         const bool holds = holds_flag(threadIdx.x & 31);
         value = {{a, holds ? c : b, c, d}};
         if (!holds) return Arrival::kFresh;

@@ -20,55 +20,6 @@ inline float add_up_lanes(float value) {
     return value;
 }
 
-// The blocks that share a row: a cluster, or one.
-struct Team {
-#if __CUDA_ARCH__ >= 900
-    static u32 id() {
-        return read([](u32& x) { asm("mov.u32 %0, %clusterid.x;" : "=r"(x)); });
-    }
-    static u32 number() {
-        return read([](u32& x) { asm("mov.u32 %0, %nclusterid.x;" : "=r"(x)); });
-    }
-    static u32 rank() {
-        return read([](u32& x) { asm("mov.u32 %0, %cluster_ctarank;" : "=r"(x)); });
-    }
-    static u32 size() {
-        return read([](u32& x) { asm("mov.u32 %0, %cluster_nctaid.x;" : "=r"(x)); });
-    }
-
-    static void meet() {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    }
-    // Into the shared memory of a member, at the place that `address` is here; 8 bytes arrive whole.
-    static void store(u32 member, u64* address, u64 value) {
-        if (size() == 1) {
-            *reinterpret_cast<volatile u64*>(address) = value;
-            return;
-        }
-        const u32 here = u32(__cvta_generic_to_shared(address));
-        u32 there;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(member));
-        asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(there), "l"(value) : "memory");
-    }
-
-  private:
-    template <class Read>
-    static u32 read(Read into) {
-        u32 x;
-        into(x);
-        return x;
-    }
-#else
-    static u32 id() { return blockIdx.x; }
-    static u32 number() { return gridDim.x; }
-    static u32 rank() { return 0; }
-    static u32 size() { return 1; }
-    static void meet() { __syncthreads(); }
-    static void store(u32, u64* address, u64 value) { *reinterpret_cast<volatile u64*>(address) = value; }
-#endif
-};
-
 // The tensor as rows, each cut into the parts of the plan; a row ends within a unit where it must.
 template <class Plan, class Packet, class Type>
 class Rows {
@@ -240,10 +191,7 @@ class Rows {
     // Two sets, used in turn: a warp may be one row ahead of another, but no more, as it takes a mark of each
     // to go on.
     static u32 num_marks(const Args<Plan>& args) { return args.norm.row_units * Plan::kParts; }
-    static u64* all_marks() {
-        extern __shared__ u64 shared[];
-        return shared;
-    }
+    static u64* all_marks() { return reinterpret_cast<u64*>(dynamic_shared()); }
     u64* marks() const { return all_marks() + (turn_ % 2 ? num_marks(args_) : 0); }
 
     static float* word_sums() { return reinterpret_cast<float*>(all_marks()); }

@@ -62,30 +62,14 @@ struct Args {
 // the two workspaces go on alternating.
 inline u32 next_epoch(u32 epoch) { return epoch == ~0u ? 2 : epoch + 1; }
 
-inline u64 now_ns() {
-    u64 time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-    return time;
-}
-
 // Ticks of 2^20 ns, about a millisecond.
 inline u32 now_ticks() { return u32(now_ns() >> 20); }
-
-// Where launches may overlap: the part of a kernel before this runs while the kernel before it on the stream
-// still does, so it may not touch what others write. Everything that one wrote is visible after.
-inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // From here on the next kernel on the stream may be set up; it waits for the end of this one all the same.
 // Large launches leave it be: the next one's blocks would take the room of another communicator's.
 template <class Plan>
 inline void let_next_kernel_start(const Args<Plan>& args) {
-#if __CUDA_ARCH__ >= 900
-    if (args.overlaps) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+    if (args.overlaps) launch_dependents();
 }
 
 struct Entry {
