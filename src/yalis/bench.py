@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yalis.core import Request
-from yalis.errors import ConfigError
+from yalis.errors import ConfigError, YalisError
 from yalis.llm import LLM
-from yalis.outputs import RequestMetrics
+from yalis.outputs import RequestMetrics, RequestOutput
 from yalis.sampling_params import SamplingParams
 
 
@@ -73,7 +73,7 @@ class Run:
 def run(llm: LLM, workload: Workload, seed: int) -> Run:
     """Serve the workload once, greedily and to its full lengths. `seed` draws the prompts' tokens.
 
-    Collective under a launcher.
+    Collective under a launcher. Raises YalisError when a request ends before its length.
     """
     requests = _requests(llm, workload, seed)
     engine, num_requests = llm.engine, len(requests)
@@ -89,7 +89,10 @@ def run(llm: LLM, workload: Workload, seed: int) -> Run:
         updates = engine.step()
         now_s = time.monotonic()
         num_tokens += len(updates)
-        metrics += [u.output.metrics for u in updates if u.output and u.output.metrics]
+        for output in (update.output for update in updates if update.output):
+            _require_full_length(output)
+            assert output.metrics is not None
+            metrics.append(output.metrics)
         if len(updates) < num_requests:
             last_full_s = None
             continue
@@ -104,6 +107,15 @@ def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that at least so many percent of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def _require_full_length(output: RequestOutput) -> None:
+    [completion] = output.outputs
+    if completion.finish_reason != "length":
+        raise YalisError(
+            f"a request ended after {len(completion.token_ids)} tokens with {completion.finish_reason!r} "
+            f"({completion.error}), so its times would mean nothing"
+        )
 
 
 def _requests(llm: LLM, workload: Workload, seed: int) -> list[Request]:

@@ -79,6 +79,15 @@ def test_a_run_takes_every_step_once(model: str) -> None:
             Workload.uniform(1, 2000, 1000).check(llm)
 
 
+def test_a_run_of_requests_that_fail_is_none(model: str) -> None:
+    with LLM(model, load_format="dummy") as llm:
+        llm._executor.runner.model.lm_head.weight.fill_(torch.nan)  # type: ignore[attr-defined]
+        with pytest.raises(
+            YalisError, match=r"after 0 tokens with 'error' \(the model's logits were"
+        ):
+            run(llm, Workload.uniform(2, 5, 5), seed=0)
+
+
 def test_all_reduces_can_be_exchanged_between_requests_only(model: str) -> None:
     with LLM(model, all_reduce="torch", load_format="dummy") as llm:
         stream = llm.stream([1, 2, 3])
