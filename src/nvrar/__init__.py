@@ -1,6 +1,5 @@
 """A fast all-reduce for tensor parallelism beyond one node. See README.md and docs/architecture.md."""
 
-import nvrar.ops  # noqa: F401 - registers torch.ops.nvrar
 from nvrar._version import __version__
 from nvrar.communicator import Communicator, Stats
 from nvrar.cost import MACHINES, Link, Machine

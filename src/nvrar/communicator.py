@@ -6,28 +6,28 @@ tensor -> checks -> plan for its size -> executor -> tensor; or, where no execut
 
 from __future__ import annotations
 
-import atexit
 import logging
 import time
-import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from nvrar import gpu, host
+from nvrar import gpu, host, ops
 from nvrar.arguments import refusal_of_call
 from nvrar.cost import USUAL, Machine, machine_named
 from nvrar.errors import ArgumentError, ClosedError, GpuUnavailable, NvrarError
-from nvrar.fallback import CollectiveLost, all_reduce_by_torch
+from nvrar.host_calls import CallLost, HostCalls
 from nvrar.options import Options, agree
 from nvrar.plan import Plan
+from nvrar.registry import by_name
 from nvrar.rms_norm import add_rms_norm, refusal_of_norm
-from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group, together
+from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
 from nvrar.table import bucket
 from nvrar.topology import Topology
 from nvrar.tune import Choice, Chooser
@@ -39,23 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nvrar")
 
-# torch.compile calls operators with strings; this finds the communicator again. It keeps none alive.
-by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
-
-
-@atexit.register
-def _let_go_of_groups() -> None:
-    """Frees destroyed process groups while Python still runs. gloo's threads need it to free what they
-    hold, and end the process ("terminate called without an active exception") where it is gone."""
-    for communicator in by_name.values():
-        if is_destroyed(communicator.group):
-            del communicator.group, communicator._host
-
-
 _DENSE = torch.contiguous_format
-COMPILE_S = (
-    300.0  # what a rank may take longer than others to compile its kernels, on top of timeout_s
-)
 _MOST_PLAIN_CALLS = 4096
 _FASTER_BY_TORCH = "sizes at which the measured table has torch faster"
 
@@ -84,7 +68,8 @@ class Communicator:
         plan: ``"auto"`` chooses by size; else a name (``"nvrar"``, ``"one-shot"``, ``"two-shot"``,
             ``"direct"``, ``"halving-doubling"``), a word (``"split:4 exchange:2"``) or a Plan.
         max_bytes: larger messages go to ``torch.distributed.all_reduce``.
-        timeout_s: bound on every wait for a peer, creation included.
+        timeout_s: bound on every wait for a peer, creation included; but a peer may take five minutes more
+            to compile its kernels.
         deterministic: ``plan="auto"`` keeps one list of radices for all sizes, so that the bits of a
             result do not depend on the size of the message it was part of.
         wire_dtype: ``torch.float32`` keeps 16-bit inputs in fp32 across levels and rounds once, at the
@@ -125,14 +110,14 @@ class Communicator:
             topology, plan, max_bytes, timeout_s, deterministic, wire_dtype, machine, executor
         )
         if executor == "host" or self.world_size == 1:
-            gpu_lack = gpu.lack(self.group)
+            unavailable = gpu.why_unavailable(self.group)
         else:
-            gpu_lack = gpu.open_for(self.group, options.wait_s())
-        agreement = agree(self.group, options, gpu_lack)
+            unavailable = gpu.open_for(self.group, options.wait_s())
+        agreement = agree(self.group, options, unavailable)
         self.name = agreement.name
         self.topology = agreement.topology
         self.plan = plan if plan == "auto" else Plan.resolve(plan, self.topology)
-        usual = USUAL["host" if agreement.gpu_lack else "gpu"]
+        usual = USUAL["host" if agreement.gpu_unavailable else "gpu"]
         self.machine = machine_named(machine) if isinstance(machine, str) else machine or usual
         self._chooser = Chooser(
             self.topology,
@@ -148,14 +133,24 @@ class Communicator:
             set()
         )  # that the GPU takes as they are
         self._too_large = f"messages above max_bytes ({max_bytes})"
-        self._host = host.HostExecutor(self.group, self.topology, self.name)
+        self._host = HostCalls(self.group, self.topology, self.name, wire_dtype)
         self._sideband = Sideband(self.group, self.name, timeout_s)
-        self._gpu_lack = agreement.gpu_lack
+        self._gpu_unavailable = agreement.gpu_unavailable
         self._gpu: GpuCalls | None = None
-        if executor == "auto" and not agreement.gpu_lack and self.world_size > 1:
-            self._gpu = self._make_gpu_calls()
-        if self._gpu is not None:
-            self._link = self._gpu.link
+        if executor == "auto" and not self._gpu_unavailable and self.world_size > 1:
+            try:
+                self._gpu = gpu.make_calls(
+                    self.group,
+                    self.topology,
+                    self._chooser.choose,
+                    max_bytes,
+                    wire_dtype,
+                    timeout_s,
+                    timeout_s - self._sideband.grace_s,
+                )
+                self._link = self._gpu.link
+            except GpuUnavailable as error:  # the same on every rank
+                self._gpu_unavailable = str(error)
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
@@ -185,7 +180,7 @@ class Communicator:
             ClosedError: it was closed.
         """
         if torch.compiler.is_compiling():
-            return _compiled(self.name, x, out, op)
+            return ops.compiled_all_reduce(self.name, x, out, op)
         self._begin(x, refusal_of_call(x, out, op))
         if out is None:
             out = torch.empty_like(x, memory_format=_DENSE, requires_grad=False)
@@ -224,7 +219,7 @@ class Communicator:
             NvrarError: as :meth:`all_reduce`.
         """
         if torch.compiler.is_compiling():
-            return _compiled_norm(self.name, x, residual, weight, eps, out, residual_out)
+            return ops.compiled_add_rms_norm(self.name, x, residual, weight, eps, out, residual_out)
         self._begin(x, refusal_of_norm(x, residual, weight, eps, out, residual_out))
         new = (torch.empty_like(x, memory_format=_DENSE, requires_grad=False) for _ in range(2))
         out = next(new) if out is None else out
@@ -345,8 +340,13 @@ class Communicator:
         if self._gpu is not None:
             return f"gpu executor over {self._link}"
         text = f"host executor over {self.link_for('cpu')}"
-        lacks = self._gpu_lack and self.executor == "auto"
-        return f"{text} (no GPU executor: {self._gpu_lack})" if lacks else text
+        if self._gpu_unavailable and self.executor == "auto":
+            return f"{text} (no GPU executor: {self._gpu_unavailable})"
+        return text
+
+    def let_go_of_group(self) -> None:
+        """Forgets a group that was destroyed; for the end of the process (see :mod:`nvrar.registry`)."""
+        del self.group, self._host
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -391,44 +391,16 @@ class Communicator:
             )
         return found
 
-    def _make_gpu_calls(self) -> GpuCalls | None:
-        from nvrar.gpu.calls import GpuCalls
-
-        wider = 1 if self.wire_dtype is None else 2
-        sizes = [*(1 << e for e in range(self.max_bytes.bit_length())), self.max_bytes]
-        calls = None
-        try:
-            made = calls = GpuCalls(
-                self.group,
-                self.topology,
-                self._chooser.choose,
-                self.max_bytes * wider,
-                self.timeout_s,
-                self.timeout_s - self._sideband.grace_s,
-            )
-
-            def compile_all() -> None:
-                wire = host.wire_type(torch.bfloat16, self.wire_dtype)
-                made.warmup((n * wider for n in sizes), wire)
-
-            together(self.group, "kernels", compile_all, self.timeout_s + COMPILE_S)
-        except GpuUnavailable as error:  # the same on every rank
-            self._gpu_lack = str(error)
-            if calls is not None:
-                calls.close()
-            return None
-        return made
-
     def _run_gpu(self, calls: GpuCalls, x: Tensor, out: Tensor, op: str) -> None:
         self._check_gpu_call(calls, x)
         call = (x.nbytes, x.dtype, op)
         is_dense = x.is_contiguous() and out.is_contiguous()
         if is_dense and call in self._plain_calls:
             return calls.all_reduce(x, out, op)
-        reason = calls.lack(x.dtype, op) or self._left_to_torch(x)
+        reason = calls.why_unsupported(x.dtype, op) or self._left_to_torch(x)
         if reason:
             with torch.no_grad():
-                return self._run_torch(x, out, op, reason, time.monotonic() + self.timeout_s)
+                return self._run_torch(x, out, op, reason)
         wire = host.wire_type(x.dtype, self.wire_dtype)
         if is_dense and wire == x.dtype:
             if len(self._plain_calls) < _MOST_PLAIN_CALLS:
@@ -462,38 +434,13 @@ class Communicator:
             self._end(calls.report(), deadline, None)
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
-        deadline = time.monotonic() + self.timeout_s
         reason = self._fallback_reason(x)
         if reason:
-            return self._run_torch(x, out, op, reason, deadline)
+            return self._run_torch(x, out, op, reason)
         plan = self.plan_for(x.nbytes, x.dtype)
-        wire = host.wire_type(x.dtype, self.wire_dtype)
-        flat = x.contiguous().view(-1).to(wire)
-        # The result is built in `out` itself where its memory allows, else beside it.
-        direct = out.is_contiguous() and wire == x.dtype
-        result = out.view(-1) if direct else torch.empty_like(flat)
-        call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by '{plan}'"
-        self._run_plan(flat, result, plan, op, call, deadline)
-        if not direct:
-            out.copy_(result.view(out.shape))
-        return None
+        return self._within_time(partial(self._host.all_reduce, x, out, op, plan, self._epoch))
 
-    def _run_plan(
-        self, flat: Tensor, result: Tensor, plan: Plan, op: str, call: str, deadline: float
-    ) -> None:
-        budget_s = deadline - time.monotonic() - self._sideband.grace_s
-        try:
-            self._host.all_reduce(flat, result, plan, op, self._epoch, call, budget_s)
-        except host.PeerLost as lost:
-            peer = None if lost.position is None else self.topology.rank_at(lost.position)
-            report = Report(self._epoch, call, peer, lost.reason, lost.timed_out, lost.level)
-            self._end(report, deadline, lost)
-        except ValueError as error:  # what torch says of a group that it no longer knows
-            if not is_destroyed(self.group):
-                raise
-            self._end(Report(self._epoch, call), deadline, error)
-
-    def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str, deadline: float) -> None:
+    def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             # Once in a job, not once a rank: the reason is the same on all of them.
@@ -502,21 +449,17 @@ class Communicator:
             level = min(level, logging.INFO) if is_meant else level
             log.log(level, "nvrar leaves calls to torch.distributed.all_reduce: %s", reason)
         self.stats.fallbacks[reason] += 1
-        call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by torch.distributed"
-        if x.device.type == "cpu":
-            # gloo ends the process of a rank that is sent more than it expects. So ranks whose calls
-            # differ must not get there: the executor's messages match only between equal calls.
-            token = torch.zeros(1)
-            plan = Plan.named("nvrar", self.topology)
-            self._run_plan(token, token, plan, "sum", call, deadline)
-        try:
-            wait_until = deadline - self._sideband.grace_s
-            all_reduce_by_torch(x, out, op, self.group, wait_until)
-        except CollectiveLost as lost:
-            report = Report(self._epoch, call, reason=lost.reason, timed_out=lost.timed_out)
-            self._end(report, deadline, lost)
+        self._within_time(partial(self._host.all_reduce_by_torch, x, out, op, self._epoch))
 
-    def _end(self, report: Report, deadline: float, cause: Exception | None) -> NoReturn:
+    def _within_time(self, call: Callable[[float], None]) -> None:
+        """Makes ``call``, which is told until when to wait; where it is lost, raises whose fault it was."""
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            call(deadline - self._sideband.grace_s)
+        except CallLost as lost:
+            self._end(lost.report, deadline, lost.__cause__)
+
+    def _end(self, report: Report, deadline: float, cause: BaseException | None) -> NoReturn:
         """Raises what ``report`` amounts to, now and in every later call."""
         if is_destroyed(self.group):
             self._ended = ClosedError(
@@ -532,7 +475,7 @@ class Communicator:
         if x.dtype not in host.DTYPES:
             return f"dtype {x.dtype}"
         if x.device.type != "cpu" and self.executor != "host" and self.world_size > 1:
-            return f"no executor for {x.device.type} tensors: {self._gpu_lack}"
+            return f"no executor for {x.device.type} tensors: {self._gpu_unavailable}"
         return self._left_to_torch(x)
 
     def _left_to_torch(self, x: Tensor) -> str:
@@ -542,35 +485,3 @@ class Communicator:
         if self._chooser.tables and (x.is_cuda or self._gpu is None):
             return _FASTER_BY_TORCH if self._choice(x.nbytes, x.dtype).by_torch else ""
         return ""
-
-
-def _compiled_norm(
-    name: str,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    out: Tensor | None,
-    residual_out: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    results = torch.ops.nvrar.all_reduce_add_rms_norm(x, residual, weight, eps, name)
-    wanted = zip((out, residual_out), results, strict=True)
-    first, second = (r if into is None else _copied(into, r) for into, r in wanted)
-    return first, second
-
-
-def _copied(out: Tensor, total: Tensor) -> Tensor:
-    if out.shape != total.shape or out.dtype != total.dtype:  # copy_ would broadcast, and convert
-        raise ArgumentError(
-            f"out is {out.dtype} {tuple(out.shape)}, x is {total.dtype} {tuple(total.shape)}; "
-            "they must be equal"
-        )
-    return out.copy_(total)
-
-
-def _compiled(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
-    if out is x:
-        torch.ops.nvrar.all_reduce_(x, name, op)
-        return x
-    total: Tensor = torch.ops.nvrar.all_reduce(x, name, op)
-    return total if out is None else _copied(out, total)

@@ -39,7 +39,7 @@ def collect(environment: Mapping[str, str], topology: Topology, machine: Machine
     """Everything that ``nvrar info`` shows, as JSON can carry it. ``topology`` and ``machine`` are the
     ones to choose plans for; what this process would detect stands beside them."""
     commit, is_dirty = checkout()
-    executor = "host" if gpu.lack(None) else "gpu"
+    executor = "host" if gpu.why_unavailable(None) else "gpu"
     found = tables.likely(environment, executor, str(topology))
     return {
         "versions": {
@@ -139,7 +139,7 @@ def interfaces(environment: Mapping[str, str]) -> list[dict[str, Any]]:
 def executors() -> list[dict[str, Any]]:
     """What can carry out a plan here, and what is missing for what cannot."""
     types = ", ".join(sorted(type_name(t) for t in DTYPES))
-    missing = gpu.lack(None)
+    missing = gpu.why_unavailable(None)
     return [
         {
             "name": "host",

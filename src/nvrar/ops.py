@@ -12,23 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nvrar.communicator import Communicator, by_name
-from nvrar.errors import ClosedError
-
-
-def _communicator(name: str) -> Communicator:
-    found = by_name.get(name)
-    if found is None:
-        raise ClosedError(
-            f"no communicator {name!r} lives in this process: it was deleted after the graph was "
-            "compiled; keep it alive as long as the compiled function"
-        )
-    return found
+from nvrar.errors import ArgumentError
+from nvrar.registry import find
 
 
 @torch.library.custom_op("nvrar::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, comm: str, op: str = "sum") -> Tensor:
-    return _communicator(comm).all_reduce(x, op=op)
+    return find(comm).all_reduce(x, op=op)
 
 
 @all_reduce.register_fake
@@ -38,7 +28,7 @@ def _(x: Tensor, comm: str, op: str = "sum") -> Tensor:
 
 @torch.library.custom_op("nvrar::all_reduce_", mutates_args=("x",))
 def all_reduce_(x: Tensor, comm: str, op: str = "sum") -> None:
-    _communicator(comm).all_reduce(x, out=x, op=op)
+    find(comm).all_reduce(x, out=x, op=op)
 
 
 @all_reduce_.register_fake
@@ -50,10 +40,44 @@ def _(x: Tensor, comm: str, op: str = "sum") -> None:
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, comm: str
 ) -> tuple[Tensor, Tensor]:
-    return _communicator(comm).all_reduce_add_rms_norm(x, residual, weight, eps)
+    return find(comm).all_reduce_add_rms_norm(x, residual, weight, eps)
 
 
 @all_reduce_add_rms_norm.register_fake
 def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, comm: str) -> tuple[Tensor, Tensor]:
     dense = torch.contiguous_format
     return torch.empty_like(x, memory_format=dense), torch.empty_like(x, memory_format=dense)
+
+
+def compiled_all_reduce(name: str, x: Tensor, out: Tensor | None, op: str) -> Tensor:
+    """What :meth:`nvrar.Communicator.all_reduce` is to torch.compile."""
+    if out is x:
+        torch.ops.nvrar.all_reduce_(x, name, op)
+        return x
+    total: Tensor = torch.ops.nvrar.all_reduce(x, name, op)
+    return total if out is None else _copied(out, total)
+
+
+def compiled_add_rms_norm(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None,
+    residual_out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What :meth:`nvrar.Communicator.all_reduce_add_rms_norm` is to torch.compile."""
+    results = torch.ops.nvrar.all_reduce_add_rms_norm(x, residual, weight, eps, name)
+    wanted = zip((out, residual_out), results, strict=True)
+    first, second = (r if into is None else _copied(into, r) for into, r in wanted)
+    return first, second
+
+
+def _copied(out: Tensor, total: Tensor) -> Tensor:
+    if out.shape != total.shape or out.dtype != total.dtype:  # copy_ would broadcast, and convert
+        raise ArgumentError(
+            f"out is {out.dtype} {tuple(out.shape)}, x is {total.dtype} {tuple(total.shape)}; "
+            "they must be equal"
+        )
+    return out.copy_(total)

@@ -97,12 +97,14 @@ class Agreement:
 
     name: str
     topology: Topology
-    gpu_lack: str  # why CUDA tensors cannot have the GPU executor; empty if they can, on every rank
+    gpu_unavailable: (
+        str  # why CUDA tensors cannot have the GPU executor; empty if they can, on every rank
+    )
     link: str  # what carries the host executor's messages, such as "gloo"
     tables: tuple[Table, ...]  # measured ones that hold here; rank 0's
 
 
-def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreement:
+def agree(group: dist.ProcessGroup, options: Options, unavailable: str) -> Agreement:
     """Settles what ranks must share. Collective over ``group``; a wrong value ends it on every rank.
 
     Raises:
@@ -119,10 +121,10 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
         "name": uuid.uuid4().hex[:12],  # the first rank's becomes the communicator's
         "refusal": None if refusal is None else str(refusal),
         "sighting": sighting(os.environ),
-        "gpu_lack": gpu_lack,
+        "gpu_unavailable": unavailable,
         "devices": {
             "host": device_name("host"),
-            "gpu": "" if gpu_lack else device_name("gpu"),
+            "gpu": "" if unavailable else device_name("gpu"),
         },
         "options": options._shown(),
     }
@@ -133,14 +135,14 @@ def agree(group: dist.ProcessGroup, options: Options, gpu_lack: str) -> Agreemen
     if refusal is not None:
         raise refusal
     _check_equal(said)
-    topology, lack = options.topology or _detected(group, said), _lack(said)
-    executor = "host" if lack or options.executor == "host" else "gpu"
+    topology, without_gpu = options.topology or _detected(group, said), _without_gpu(said)
+    executor = "host" if without_gpu or options.executor == "host" else "gpu"
     devices = tuple(sorted({other["devices"][executor] for other in said}))
     found = []
     if options.plan == "auto" and group.size() > 1:
         found = _tables(group, executor, devices, topology, options.timeout_s)
     link = backend_of(group, "cpu")
-    return Agreement(said[0]["name"], topology, lack, link, tuple(found))
+    return Agreement(said[0]["name"], topology, without_gpu, link, tuple(found))
 
 
 def _is_number(value: object, *types: type) -> bool:
@@ -183,6 +185,8 @@ def _detected(group: dist.ProcessGroup, said: list[dict[str, Any]]) -> Topology:
     return from_sightings([s["sighting"] for s in said], dist.get_process_group_ranks(group))
 
 
-def _lack(said: list[dict[str, Any]]) -> str:
-    lacks = [(rank, other["gpu_lack"]) for rank, other in enumerate(said) if other["gpu_lack"]]
-    return f"rank {lacks[0][0]} {lacks[0][1]}" if lacks else ""
+def _without_gpu(said: list[dict[str, Any]]) -> str:
+    reasons = (
+        f"rank {r} {s['gpu_unavailable']}" for r, s in enumerate(said) if s["gpu_unavailable"]
+    )
+    return next(reasons, "")

@@ -40,7 +40,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 def communicator(**options) -> nvrar.Communicator:
     comm = nvrar.Communicator(topology=TOPOLOGY, **options)
-    assert comm._gpu is not None, comm._gpu_lack
+    assert comm._gpu is not None, comm._gpu_unavailable
     return comm
 
 
@@ -293,7 +293,7 @@ def check_groups() -> None:
     greedy = nvrar.Communicator(topology=TOPOLOGY, max_bytes=1 << 30)
     assert greedy.executor_for("cuda") == "torch.distributed"
     assert (greedy.all_reduce(x) == 2 * dist.get_world_size()).all()
-    print(f"[{RANK}] {alone._gpu_lack[:100]} | {greedy._gpu_lack}", flush=True)
+    print(f"[{RANK}] {alone._gpu_unavailable[:100]} | {greedy._gpu_unavailable}", flush=True)
 
 
 def does_not_compile(spec: jit.KernelSpec) -> None:

@@ -104,7 +104,7 @@ def many(rank: int) -> None:
     """Communicators come and go; the registry of names keeps none of them alive."""
     import gc
 
-    from nvrar.communicator import by_name
+    from nvrar.registry import by_name
 
     for i in range(60):
         comm = Communicator(plan=Plan.parse("exchange:2" if i % 2 else "split:2"))
@@ -127,7 +127,7 @@ def left_behind(rank: int) -> bool:
     import gc
     import weakref
 
-    from nvrar.communicator import _let_go_of_groups
+    from nvrar.registry import let_go_of_groups
 
     group = dist.new_group([0, 1])
     closed, used = Communicator(group), Communicator(group)
@@ -137,7 +137,7 @@ def left_behind(rank: int) -> bool:
     dist.destroy_process_group(group)
     del group
     other = Communicator()
-    _let_go_of_groups()
+    let_go_of_groups()
     gc.collect()
     assert other.all_reduce(torch.ones(1)).item() == 2  # its group lives: nothing was taken from it
     return found() is None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nvrar import gpu
 from nvrar.communicator import Communicator
 from nvrar.cost import machine_named
 from nvrar.gpu import kernel, links
@@ -97,7 +98,7 @@ class Recorder:
         self.prepared: list[tuple[list[int], torch.dtype]] = []
         self.launched: list[tuple[int, torch.dtype]] = []
 
-    def lack(self, dtype: torch.dtype, op: str) -> str:
+    def why_unsupported(self, dtype: torch.dtype, op: str) -> str:
         return ""
 
     def warmup(self, sizes, dtype: torch.dtype, op: str = "sum", *, norm: bool = False) -> None:
@@ -128,12 +129,10 @@ def test_what_is_sent_in_fp32_is_prepared_in_fp32() -> None:
 def test_the_workspace_is_made_for_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     made, recorder = [], Recorder()
     monkeypatch.setattr("nvrar.gpu.calls.GpuCalls", lambda *given: made.append(given) or recorder)
-    monkeypatch.setattr("nvrar.communicator.together", lambda group, what, action, wait: [action()])
+    monkeypatch.setattr("nvrar.gpu.together", lambda group, what, action, wait: [action()])
     for wire_dtype in (None, torch.float32):
-        comm, _ = communicator(wire_dtype)
-        comm.group, comm.topology, comm.timeout_s = None, Topology(1, 2), 5.0
-        comm.plan, comm._sideband = Plan.parse("split:2"), SimpleNamespace(grace_s=1.0)
-        assert comm._make_gpu_calls() is recorder
+        calls = gpu.make_calls(None, Topology(1, 2), None, 1000, wire_dtype, 5.0, 4.0)
+        assert calls is recorder
     assert [given[3] for given in made] == [1000, 2000]
     assert [(max(sizes), dtype) for sizes, dtype in recorder.prepared] == [
         (1000, torch.bfloat16),

@@ -41,7 +41,7 @@ def add_layout(parser: argparse.ArgumentParser, purpose: str) -> None:
 
 def executor_here() -> str:
     """What would reduce this machine's tensors: ``"gpu"`` where nothing is missing for it."""
-    return "host" if gpu.lack(None) else "gpu"
+    return "host" if gpu.why_unavailable(None) else "gpu"
 
 
 def machine_from(text: str | None, executor: str) -> Machine:

@@ -39,10 +39,10 @@ def run_virtual(options: argparse.Namespace, console: Console) -> int:
             f"--virtual {options.virtual} is one rank; give two or more, such as 4x8"
         )
     options.device = "cuda"
-    lack = gpu.lack(None)
-    if lack:
+    reason = gpu.why_unavailable(None)
+    if reason:
         raise ArgumentError(
-            f"--virtual runs the kernels of all ranks on one GPU, and this machine {lack}; on CPUs, "
+            f"--virtual runs the kernels of all ranks on one GPU, and this machine {reason}; on CPUs, "
             "nvrar bench --nodes N --ranks-per-node G plays nodes with local processes"
         )
     request = Request.read(options)

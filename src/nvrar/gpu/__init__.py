@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from nvrar.errors import GpuUnavailable
+from nvrar.host import wire_type
+from nvrar.sideband import together
+
+if TYPE_CHECKING:
+    from nvrar.gpu.calls import GpuCalls
+    from nvrar.topology import Topology
+    from nvrar.tune import Choice
+
+COMPILE_S = 300.0  # what a rank may take longer than others to compile its kernels
 
 _PACKAGES = {
     "nvshmem": "nvshmem4py-cu13 and nvidia-nvshmem-cu13",
@@ -16,7 +27,7 @@ _PACKAGES = {
 }
 
 
-def lack(group: dist.ProcessGroup | None) -> str:
+def why_unavailable(group: dist.ProcessGroup | None) -> str:
     """What keeps this rank from the GPU executor, and how to get it; empty if nothing does.
 
     Without a group, of this machine alone. Imports nothing heavy and touches no GPU.
@@ -41,8 +52,8 @@ def open_for(group: dist.ProcessGroup, timeout_s: float) -> str:
     Raises:
         NvrarError: see :func:`nvrar.gpu.heap.open_heap`.
     """
-    here = lack(None)
-    of_group = lack(group)
+    here = why_unavailable(None)
+    of_group = why_unavailable(group)
     if of_group and not here:  # the same on all ranks of the group
         return of_group
     from nvrar.gpu.heap import open_heap
@@ -52,6 +63,45 @@ def open_for(group: dist.ProcessGroup, timeout_s: float) -> str:
     except GpuUnavailable as error:
         return str(error)
     return ""
+
+
+def make_calls(
+    group: dist.ProcessGroup,
+    topology: Topology,
+    choose: Callable[..., Choice],
+    max_bytes: int,
+    wire_dtype: torch.dtype | None,
+    timeout_s: float,
+    budget_s: float,
+) -> GpuCalls:
+    """The executor, with its kernels for bfloat16 sums of up to ``max_bytes``. Collective, where
+    :func:`open_for` found nothing on any rank.
+
+    Args:
+        choose: see :meth:`nvrar.tune.Chooser.choose`.
+        timeout_s: bound on waits for peers, beside the compiling.
+        budget_s: bound on every wait inside a kernel.
+
+    Raises:
+        GpuUnavailable: a rank's kernels do not compile, or the heap has no place; on every rank.
+        NvrarError: see :func:`nvrar.sideband.together`.
+    """
+    from nvrar.gpu.calls import GpuCalls
+
+    wire = wire_type(torch.bfloat16, wire_dtype)
+    wider = wire.itemsize // torch.bfloat16.itemsize
+    made = GpuCalls(group, topology, choose, max_bytes * wider, timeout_s, budget_s)
+    sizes = [*(1 << exponent for exponent in range(max_bytes.bit_length())), max_bytes]
+
+    def compile_all() -> None:
+        made.warmup((num_bytes * wider for num_bytes in sizes), wire)
+
+    try:
+        together(group, "kernels", compile_all, timeout_s + COMPILE_S)
+    except GpuUnavailable:
+        made.close()
+        raise
+    return made
 
 
 def _is_installed(name: str) -> bool:

@@ -60,7 +60,7 @@ class GpuCalls:
         self._prepared: dict[object, Prepared] = {}
         self.device = self._executor.device
 
-    def lack(self, dtype: torch.dtype, op: str) -> str:
+    def why_unsupported(self, dtype: torch.dtype, op: str) -> str:
         """Why there is no kernel for it; empty if there is. Equal on all ranks that make the same call."""
         if dtype not in TYPES:
             return f"dtype {dtype} on a GPU"
@@ -69,7 +69,7 @@ class GpuCalls:
         return ""
 
     def all_reduce(self, x: Tensor, out: Tensor, op: str) -> None:
-        """Both contiguous, on :attr:`device`, of one type that :meth:`lack` lets pass; not empty."""
+        """Both contiguous, on :attr:`device`, of a type that :meth:`why_unsupported` lets pass; not empty."""
         if torch.cuda.current_device() != self.device.index:  # launches go to the current device
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out, op)
@@ -129,9 +129,9 @@ class GpuCalls:
     def warmup(
         self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum", *, norm: bool = False
     ) -> None:
-        """Compiles and loads what messages of ``sizes`` bytes need; nothing where :meth:`lack` names a
-        reason. Local."""
-        if self.lack(dtype, op):
+        """Compiles and loads what messages of ``sizes`` bytes need; nothing where
+        :meth:`why_unsupported` names a reason. Local."""
+        if self.why_unsupported(dtype, op):
             return
         with torch.cuda.device(self.device):
             for num_bytes in filter(None, sizes):
