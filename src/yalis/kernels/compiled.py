@@ -65,7 +65,13 @@ def launch(
 
 def can_run(device: torch.device) -> bool:
     """Whether these kernels are for this device."""
-    return device.type == "cuda" and arch_of(device) >= "sm_90" and _has_compiler()
+    return device.type == "cuda" and _overlaps_copies(device) and _has_compiler()
+
+
+@lru_cache
+def _overlaps_copies(device: torch.device) -> bool:
+    """Whether it has the instructions of csrc/ptx.cuh."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache
@@ -82,13 +88,15 @@ def num_processors(device: torch.device) -> int:
 @lru_cache
 def _has_compiler() -> bool:
     try:
-        return importlib.util.find_spec("cuda.core") is not None
-    except ModuleNotFoundError:
+        is_there = importlib.util.find_spec("cuda.core") is not None
+    except ModuleNotFoundError:  # of `cuda` itself
+        is_there = False
+    if not is_there:
         log.warning(
             "cuda-core is not installed, so slower kernels than yalis's own are used; "
             "pip install 'nvrar[cu13]'"
         )
-        return False
+    return is_there
 
 
 class _Loaded(Function):
