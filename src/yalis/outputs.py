@@ -50,6 +50,13 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None
 
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The log probability of all its tokens together; None unless `logprobs` were asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(at[i].logprob for i, at in zip(self.token_ids, self.logprobs, strict=True))
+
 
 @dataclass(frozen=True)
 class RequestOutput:

@@ -244,7 +244,7 @@ def test_penalties_hold_through_preemption_and_known_beginnings(model: str) -> N
 def test_logprobs_are_those_of_transformers(model: str, llm: LLM) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     outputs = llm.generate(["x", BEGINNING], [replace(DRAWN, logprobs=3), DRAWN])
-    assert outputs[1].outputs[0].logprobs is None
+    assert outputs[1].outputs[0].logprobs is outputs[1].outputs[0].cumulative_logprob is None
     [completion] = outputs[0].outputs
     assert completion.logprobs is not None
     prompt = list(outputs[0].prompt_token_ids)
@@ -259,6 +259,8 @@ def test_logprobs_are_those_of_transformers(model: str, llm: LLM) -> None:
         for token, entry in logprobs.items():
             assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
             assert order[entry.rank - 1] == token
+    drawn = want.gather(1, torch.tensor(completion.token_ids).unsqueeze(1))
+    assert completion.cumulative_logprob == pytest.approx(float(drawn.sum()), abs=1e-3)
     streamed = [u.logprobs or () for u in llm.stream("x", replace(DRAWN, logprobs=3))]
     assert [[*part] for parts in streamed for part in parts] == [[*p] for p in completion.logprobs]
 
