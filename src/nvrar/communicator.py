@@ -59,8 +59,10 @@ class Communicator:
     Several may live in one process, on the same, different or overlapping groups. One communicator is
     not thread-safe: its calls are made one after the other, in the same order on all ranks. On GPUs, two
     communicators may work at the same time on two streams, whichever order each rank begins them in; a third
-    with messages of megabytes may find no room, as each takes up to half of a GPU's while it waits for peers.
-    The first communicator with a GPU is collective over the default process group, because NVSHMEM is.
+    with messages of megabytes may find no room, as each takes up to three eighths of a GPU's while it waits
+    for peers. The first communicator with a GPU is collective over the default process group, because NVSHMEM
+    is. Keep it, and do not close it, as long as a CUDA graph that captured its calls is replayed; close it when
+    it is no longer wanted, for nothing else gives its symmetric memory back.
 
     Args:
         group: a torch process group that holds this rank; None is the default group.

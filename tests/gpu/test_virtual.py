@@ -157,15 +157,19 @@ def test_sum_residual_and_norm_have_the_bits_of_the_three_apart(word, dtype, pac
                 assert same_bits(x[rank], normed), (hidden, num_rows, rank)
 
 
-def test_rows_that_cannot_be_summed_are_poisoned():
+@pytest.mark.parametrize("word", ["exchange:2", "split:2"])
+def test_rows_that_cannot_be_summed_are_poisoned(word):
     """One rank is missing from the launch: the others end, and leave no numbers behind."""
     from nvrar.gpu.virtual import VirtualCluster
 
     cluster = VirtualCluster(
-        Plan.parse("exchange:2"), LL128, torch.bfloat16, max_bytes=1 << 16, budget_s=0.05
+        Plan.parse(word), LL128, torch.bfloat16, max_bytes=1 << 16, budget_s=0.05
     )
-    x, residual = (random_inputs(2, 8192, torch.bfloat16, n).view(2, 2, 4096) for n in range(2))
-    weight = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+    hidden = 5120  # over a cluster; in two parts, the last chunk of the second is empty
+    x, residual = (
+        random_inputs(2, 2 * hidden, torch.bfloat16, n).view(2, 2, hidden) for n in range(2)
+    )
+    weight = torch.ones(hidden, dtype=torch.bfloat16, device="cuda")
     call = cluster.prepare_rows(list(x), list(residual), weight, 1e-5, list(x), list(residual))
     cluster.num_ranks = 1  # of the launch's grid
     cluster.launch(call)
