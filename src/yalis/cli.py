@@ -68,7 +68,8 @@ def _generate(args: argparse.Namespace) -> None:
         llm = make_llm(args, args.all_reduce, progress)
         with llm:
             outputs = llm.generate(args.prompt, params, on_progress=progress)
-            logging.getLogger("yalis").info("all-reduce: %s", llm.describe_all_reduce())
+            if is_first_rank():
+                logging.getLogger("yalis").info("all-reduce: %s", llm.describe_all_reduce())
     if is_first_rank():
         _show(outputs, as_json=args.json)
 
