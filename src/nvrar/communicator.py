@@ -61,8 +61,8 @@ class Communicator:
     communicators may work at the same time on two streams, whichever order each rank begins them in; a third
     with messages of megabytes may find no room, as each takes up to three eighths of a GPU's while it waits
     for peers. The first communicator with a GPU is collective over the default process group, because NVSHMEM
-    is. Keep it, and do not close it, as long as a CUDA graph that captured its calls is replayed; close it when
-    it is no longer wanted, for nothing else gives its symmetric memory back.
+    is. Keep it, and do not close it, while a CUDA graph that captured its calls is replayed; close it then, for
+    nothing else gives its symmetric memory back.
 
     Args:
         group: a torch process group that holds this rank; None is the default group.
@@ -260,8 +260,10 @@ class Communicator:
         if self._gpu is not None:
             wire = host.wire_type(dtype, self.wire_dtype)
             wide = wire.itemsize // dtype.itemsize
-            wanted = (n * wide for n in sizes if n <= self.max_bytes)
-            self._gpu.warmup(wanted, wire, op, norm=norm)
+            wanted = [n for n in sizes if n <= self.max_bytes]
+            self._gpu.warmup((n * wide for n in wanted), wire, op)
+            if norm:  # of what is sent wider the sum has a launch of its own
+                self._gpu.warmup_norm(wanted if wire == dtype else (), dtype)
 
     def check(self, *, wait: bool = True) -> None:
         """Waits for the GPU, and raises what went wrong in calls so far. Local.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from nvrar import gpu
 from nvrar.communicator import Communicator
 from nvrar.cost import machine_named
 from nvrar.gpu import kernel, links
+from nvrar.gpu.algorithms import Algorithms
 from nvrar.gpu.calls import GpuCalls
 from nvrar.gpu.executor import GpuExecutor
 from nvrar.gpu.links import Device
@@ -96,13 +98,17 @@ class Recorder:
     def __init__(self) -> None:
         self.device, self.has_failed = SimpleNamespace(index=-1), False
         self.prepared: list[tuple[list[int], torch.dtype]] = []
+        self.norms: list[tuple[list[int], torch.dtype]] = []
         self.launched: list[tuple[int, torch.dtype]] = []
 
     def why_unsupported(self, dtype: torch.dtype, op: str) -> str:
         return ""
 
-    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum", *, norm: bool = False) -> None:
+    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum") -> None:
         self.prepared.append((list(sizes), dtype))
+
+    def warmup_norm(self, sizes, dtype: torch.dtype) -> None:
+        self.norms.append((list(sizes), dtype))
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
         self.launched.append((x.nbytes, x.dtype))
@@ -124,6 +130,31 @@ def test_what_is_sent_in_fp32_is_prepared_in_fp32() -> None:
     x = torch.ones(500, dtype=torch.bfloat16)  # max_bytes, and twice that on the wire
     comm._run_gpu(calls, x, torch.empty_like(x), "sum")
     assert calls.launched == [(2000, torch.float32)]
+
+
+def test_a_norm_is_prepared_in_its_own_type() -> None:
+    for wire_dtype, summed in ((None, [512]), (torch.float32, [])):
+        comm, calls = communicator(wire_dtype)
+        comm.warmup([512, 4096], norm=True)
+        assert calls.norms == [(summed, torch.bfloat16)]
+        comm.warmup([4096])
+        assert len(calls.norms) == 1
+
+
+def test_the_norm_alone_is_always_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages above max_bytes are summed by torch, and normalised by a kernel that has to be loaded."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    calls, loaded = object.__new__(GpuCalls), []
+    one_shot = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("exchange:2"))
+    of_type = Algorithms(lambda n: one_shot.choose(n, "bfloat16", "nvlink"), 1 << 20, "nvlink")
+    calls._algorithms, calls.device = {torch.bfloat16: of_type}, None
+    calls._executor = SimpleNamespace(load_rows=lambda dtype, a: loaded.append(str(a.plan)))
+    calls.warmup_norm([], torch.bfloat16)
+    assert loaded == ["identity"]
+    calls.warmup_norm([0, 512, 1 << 20, 1 << 20], torch.bfloat16)
+    assert loaded == ["identity", "identity", "exchange:2", "exchange:2"]  # LL, LL128
+    calls.warmup_norm([512], torch.int32)
+    assert len(loaded) == 4
 
 
 def test_the_workspace_is_made_for_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

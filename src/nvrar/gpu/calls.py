@@ -15,6 +15,7 @@ from nvrar.gpu.kernel import NO_FAILURE, OTHER_CALL
 from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
 from nvrar.host import type_name
 from nvrar.plan import Plan
+from nvrar.rms_norm import DTYPES
 from nvrar.sideband import Report
 from nvrar.topology import Topology
 from nvrar.tune import Choice
@@ -126,9 +127,7 @@ class GpuCalls:
                 wanted.copy_(result)
         return None
 
-    def warmup(
-        self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum", *, norm: bool = False
-    ) -> None:
+    def warmup(self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum") -> None:
         """Compiles and loads what messages of ``sizes`` bytes need; nothing where
         :meth:`why_unsupported` names a reason. Local."""
         if self.why_unsupported(dtype, op):
@@ -136,9 +135,14 @@ class GpuCalls:
         with torch.cuda.device(self.device):
             for num_bytes in filter(None, sizes):
                 self._prepare(num_bytes, dtype, op)
-                if norm and dtype.is_floating_point:
-                    self._executor.load_rows(dtype, self._algorithms[dtype].of(num_bytes))
-                    self._executor.load_rows(dtype, _NO_SUM)
+
+    def warmup_norm(self, sizes: Iterable[int], dtype: torch.dtype) -> None:
+        """The same of :meth:`add_rms_norm`, with sums of ``sizes`` bytes and without. Local."""
+        if dtype in DTYPES:
+            algorithms = [_NO_SUM, *(self._algorithms[dtype].of(n) for n in filter(None, sizes))]
+            with torch.cuda.device(self.device):
+                for algorithm in dict.fromkeys(algorithms):
+                    self._executor.load_rows(dtype, algorithm)
 
     def _prepare(self, num_bytes: int, dtype: torch.dtype, op: str) -> Prepared:
         algorithm = self._algorithms[dtype].of(num_bytes)
