@@ -61,8 +61,8 @@ class Communicator:
     communicators may work at the same time on two streams, whichever order each rank begins them in; a third
     with messages of megabytes may find no room, as each takes up to three eighths of a GPU's while it waits
     for peers. The first communicator with a GPU is collective over the default process group, because NVSHMEM
-    is. Keep it, and do not close it, while a CUDA graph that captured its calls is replayed; close it then, for
-    nothing else gives its symmetric memory back.
+    is. Keep it, and do not close it, while a CUDA graph that captured its calls is replayed; then close it,
+    as nothing else gives its symmetric memory back.
 
     Args:
         group: a torch process group that holds this rank; None is the default group.
