@@ -60,7 +60,6 @@ class JoinedExecutor:
         self.depth = options.depth(is_asynchronous=self._device.type == "cuda")
         self.num_blocks = self._runner.num_blocks
         self._under_way: deque[PendingStep] = deque()
-        dist.barrier(self._group)  # the first all-reduce has a short timeout; loading has none
 
     def submit(self, batch: Batch) -> None:
         self._under_way.append(self._runner.execute(batch))
