@@ -33,6 +33,7 @@ from yalis.kernels.few_rows import Tile, multiply_few_rows
 from yalis.kernels.linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
 from yalis.kernels.rotary import rotate_and_store
+from yalis.kernels.warp_attention import NewTokens
 
 DEVICE = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -158,6 +159,7 @@ class Variant:
     early: int = 0
     tile: Tile | None = None
     in_triton: bool = False  # decode attention
+    turns: bool = True  # and stores on the way, where decode attention is not in Triton
     stages: int = 3
     per_processor: int | None = None
 
@@ -240,11 +242,15 @@ class Model:
             )
             out = q
             if attends:
-                rotate_and_store(q, k, v, self.cos, self.sin, cache[0], cache[1], self.slots)
+                new = None
+                if variant.turns and not variant.in_triton:
+                    new = NewTokens(k, v, self.cos, self.sin)
+                else:
+                    rotate_and_store(q, k, v, self.cos, self.sin, cache[0], cache[1], self.slots)
                 out = torch.empty(q.shape, dtype=BF16, device=DEVICE)
                 decode.decode_attention(
                     q, cache[0], cache[1], self.tables, self.starts, self.lens, self.workspace, out,
-                    scale=shape.head_dim**-0.5, in_triton=variant.in_triton,
+                    scale=shape.head_dim**-0.5, in_triton=variant.in_triton, new=new,
                     num_stages=variant.stages, num_programs=variant.num_programs(shape.num_kv_heads),
                 )  # fmt: skip
             x = variant.linear(out.reshape(self.batch, -1), layer["o"])
@@ -274,13 +280,13 @@ def steps(m: Model) -> Iterator[str]:
     variants = {
         "cublas": Variant("cublas", in_triton=True),
         "ours": Variant(),
-        "invariant": Variant("invariant"),
+        "turned apart": Variant(turns=False),
+        "invariant": Variant("invariant", turns=False),
         "early 16": Variant(early=16),
         "early 64": Variant(early=64),
         "early 999": Variant(early=999),
         "triton attention": Variant(in_triton=True),
         "2 stages": Variant(in_triton=True, stages=2),
-        "1/SM 2 stages": Variant(in_triton=True, per_processor=1, stages=2),
     }
     for batch in (1, 8, 32):
         m.set_batch(batch, 256)

@@ -6,18 +6,26 @@ A bound is an absolute and a relative error in units of the type's precision. In
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import kernel_reference as reference
 from yalis.kernels.activation import silu_and_mul
-from yalis.kernels.decode_attention import SPLIT, DecodeWorkspace, decode_attention, plan_decode
+from yalis.kernels.decode_attention import (
+    SPLIT,
+    DecodeWorkspace,
+    can_turn,
+    decode_attention,
+    plan_decode,
+)
 from yalis.kernels.few_rows import multiply_few_rows, takes
 from yalis.kernels.invariant_linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
+from yalis.kernels.warp_attention import NewTokens
 
 BLOCK_SIZE = 16
 Case = Callable[[torch.device, torch.dtype], None]
@@ -228,6 +236,42 @@ def attend(
     prefill_attention(q, *caches, tables, starts, lens, out, scale=scale, window=window)
 
 
+def turned_attentions(device: torch.device, dtype: torch.dtype) -> None:
+    """On a GPU only: attention that turns and stores on the way has the bits of both in turn."""
+    seq_lens = [1, SPLIT, SPLIT + 1, 40, 3 * SPLIT + 33, 0, 32]
+    at: dict[str, Any] = {"device": device, "dtype": dtype}
+    for num_heads, num_kv_heads, head_dim in [(8, 2, 64), (8, 2, 128), (8, 1, 128), (3, 3, 128)]:
+        num_new = [min(length, 1) for length in seq_lens]
+        shape = (num_heads, num_kv_heads, head_dim)
+        q, caches, tables, starts, lens = paged(seq_lens, num_new, *shape, **at)
+        rows = random(len(q), 2 * num_kv_heads, head_dim, seed=3, **at)
+        cos, sin = random(len(q), 2, head_dim // 2, seed=4, **at).unbind(dim=1)
+        new = NewTokens(*rows.split(num_kv_heads, dim=1), cos, sin)
+        assert can_turn(q, *caches, new)
+        last = (lens[lens > 0] - 1).long()
+        blocks = tables[lens > 0].gather(1, (last // BLOCK_SIZE).unsqueeze(1)).squeeze(1)
+        slots = blocks * BLOCK_SIZE + last % BLOCK_SIZE
+        workspace = DecodeWorkspace.allocate(
+            len(seq_lens), max(seq_lens), *shape, device, windows=(None, 50), most_splits=2
+        )
+        for window in workspace.split_starts:
+            results = []
+            for is_one in (False, True):
+                mine, turned = [cache.clone() for cache in caches], q.clone()
+                out = torch.zeros(q.shape, **at)
+                if not is_one:
+                    rotate_and_store(turned, new.k, new.v, cos, sin, *mine, slots)
+                plan_decode(starts, lens, workspace)
+                decode_attention(
+                    turned, *mine, tables, starts, lens, workspace, out,
+                    scale=head_dim**-0.5, window=window, new=new if is_one else None,
+                )  # fmt: skip
+                results.append(
+                    [tensor.view(torch.int16) for tensor in (out, *mine)]
+                )  # NaN is equal
+            assert all(map(torch.equal, *results))
+
+
 def attention_alone(device: torch.device, dtype: torch.dtype) -> None:
     """A sequence's bits do not depend on what runs beside it, nor on how its prompt was cut."""
     seq_lens, num_new = [700, 3 * SPLIT, 70, 333], [1, 1, 70, 200]
@@ -251,4 +295,4 @@ ALL: dict[str, Case] = {
     case.__name__: case
     for case in (norms, activations, rotations, products, attentions, attention_alone)
 }
-GPU_ONLY: dict[str, Case] = {"few_rows": few_rows}
+GPU_ONLY: dict[str, Case] = {case.__name__: case for case in (few_rows, turned_attentions)}

@@ -14,7 +14,16 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["norms", "activations", "rotations", "products", "attentions", "attention_alone", "few_rows"],
+    [
+        "norms",
+        "activations",
+        "rotations",
+        "products",
+        "attentions",
+        "attention_alone",
+        "few_rows",
+        "turned_attentions",
+    ],
 )
 def test_kernels(name: str, dtype: torch.dtype) -> None:
     import kernel_cases

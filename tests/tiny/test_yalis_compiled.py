@@ -23,10 +23,15 @@ def test_two_products_fit_a_multiprocessor(num_rows: int, is_gated: bool) -> Non
     assert 2 * (spec.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES
 
 
+@pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 8), (128, 4), (128, 8), (128, 1)])
-def test_attention_fits_beside_a_product(dtype: torch.dtype, head_dim: int, group: int) -> None:
-    built = compiled.build(warp_attention.Spec(dtype, head_dim, group, "sm_90"))
+def test_attention_fits_beside_a_product(
+    dtype: torch.dtype, head_dim: int, group: int, turns: bool
+) -> None:
+    built = compiled.build(warp_attention.Spec(dtype, head_dim, group, turns, "sm_90"))
+    # All keys and values of a round are in registers: what little spills is kept from before they come.
+    assert built.spill_bytes <= 160
     product = few_rows.spec_of(dtype, 1, few_rows.choose_tile(1), is_gated=False, arch="sm_90")
     both = built.num_registers + compiled.build(product).num_registers
     assert compiled.NUM_THREADS * both <= NUM_REGISTERS

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on a GPU: one launch stores all sequences' keys and values, one or two attend for all of them.
+"""Attention on a GPU: one launch stores all sequences' keys and values, one or two attend for all of them;
+of decodes one launch does all of it.
 
 The kernels read lengths and blocks on the device, so a step waits for nothing and can be captured in a CUDA
 graph. For 16-bit types; `sdpa.py` serves float32.
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape, one_token_each
-from yalis.kernels.decode_attention import DecodeWorkspace, decode_attention, plan_decode
+from yalis.kernels.decode_attention import DecodeWorkspace, can_turn, decode_attention, plan_decode
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
+from yalis.kernels.warp_attention import NewTokens
 
 _MOST_TOKENS = 256  # that attend at once, each for itself
 
@@ -54,10 +56,12 @@ class PagedAttention:
         )  # fmt: skip
 
     def prepare(self, metadata: AttentionMetadata) -> PagedStep:
-        goes_one_by_one = self._is_batch_invariant and metadata.max_query_len > 1
-        if not goes_one_by_one:
+        step = PagedStep(
+            self._keys, self._values, self._workspace, metadata, self._is_batch_invariant
+        )
+        if not step.goes_one_by_one:
             plan_decode(metadata.query_starts, metadata.seq_lens, self._workspace)
-        return PagedStep(self._keys, self._values, self._workspace, metadata, goes_one_by_one)
+        return step
 
 
 @dataclass(frozen=True)
@@ -66,28 +70,46 @@ class PagedStep:
     values: Tensor
     workspace: DecodeWorkspace
     metadata: AttentionMetadata
-    goes_one_by_one: bool  # tokens of prompts attend as if they were decoded
+    is_batch_invariant: bool
+
+    @property
+    def goes_one_by_one(self) -> bool:
+        """Whether tokens of prompts attend as if they were decoded."""
+        return self.is_batch_invariant and self.metadata.max_query_len > 1
 
     def __call__(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         at = self.metadata
         keys, values = self.keys[layer.idx], self.values[layer.idx]
+        new = NewTokens(k, v, cos, sin)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        scale = q.shape[-1] ** -0.5
+        where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
+        if self._may_turn(layer) and can_turn(q, keys, values, new):
+            decode_attention(
+                q, *where, self.workspace, out, scale=scale, window=layer.window, new=new
+            )
+            return out
         rotate_and_store(
             q, k, v, cos, sin, keys, values, at.cache_indices,
             q_weight=layer.q_weight, k_weight=layer.k_weight, eps=layer.eps,
         )  # fmt: skip
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        scale = q.shape[-1] ** -0.5
         if self.goes_one_by_one:
             self._attend_one_by_one(q, keys, values, out, scale, layer.window)
             return out
-        where = (keys, values, at.block_tables, at.query_starts, at.seq_lens)
         # A chunk of one token is a decode to the kernels: where there are chunks, both are asked.
         decode_attention(q, *where, self.workspace, out, scale=scale, window=layer.window)
         if at.max_query_len > 1:
             prefill_attention(q, *where, out, scale=scale, window=layer.window)
         return out
+
+    def _may_turn(self, layer: AttentionLayer) -> bool:
+        """Whether new tokens may be stored while others attend. Chunks may be of blocks that another
+        sequence of the same step reads; decodes are of their own.
+        """
+        all_decode = self.metadata.num_decodes == len(self.metadata.seq_lens)
+        return all_decode and layer.q_weight is None and not self.is_batch_invariant
 
     def _attend_one_by_one(
         self, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, scale: float, window: int | None

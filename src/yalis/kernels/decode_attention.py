@@ -20,6 +20,7 @@ from torch import Tensor
 
 from yalis.kernels import warp_attention
 from yalis.kernels.launch import begin, launch_options, wait
+from yalis.kernels.warp_attention import NewTokens
 
 SPLIT = 256
 _TILE = 64
@@ -100,6 +101,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    new: NewTokens | None = None,
     num_programs: int | None = None,
     num_stages: int = 3,
     in_triton: bool = False,
@@ -111,7 +113,9 @@ def decode_attention(
     `[num_seqs, max_num_blocks]` int32. query_starts `[num_seqs + 1]` int32: a sequence's first row in q;
     seq_lens `[num_seqs]` int32: its context with the new token, 0 for a sequence that is padding.
     `window` is one of the workspace's. `plan_decode` comes before, on the same stream. Capturable.
-    `in_triton` asks for the kernel below even where `warp_attention` has a faster one.
+    With `new`, which `can_turn` must let pass, q is turned on the way, `new.k` turned and stored, and `new.v`
+    stored; every sequence then has one new token. `in_triton` asks for the kernel below even where
+    `warp_attention` has a faster one.
     """
     split_starts = workspace.split_starts[window]
     if not in_triton and warp_attention.takes(q, key_cache, value_cache):
@@ -119,9 +123,10 @@ def decode_attention(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
             split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
             split=SPLIT, most_splits=workspace.most_splits, window=window or _EVERYTHING,
-            scale=scale, num_programs=num_programs,
+            scale=scale, new=new, num_programs=num_programs,
         )  # fmt: skip
         return
+    assert new is None, "only the kernel in CUDA C++ turns"
     num_seqs = seq_lens.shape[0]
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = key_cache.shape[2]
@@ -139,6 +144,11 @@ def decode_attention(
         NUM_STAGES=num_stages,
         num_warps=4, **launch_options(q.device),
     )  # fmt: skip
+
+
+def can_turn(q: Tensor, key_cache: Tensor, value_cache: Tensor, new: NewTokens) -> bool:
+    """Whether `decode_attention` can do what `rotate_and_store` does, without norms of heads, on the way."""
+    return warp_attention.takes(q, key_cache, value_cache) and warp_attention.takes_new(new)
 
 
 def _num_programs(device: torch.device, num_kv_heads: int) -> int:

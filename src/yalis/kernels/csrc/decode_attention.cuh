@@ -18,19 +18,23 @@ constexpr u32 kRound = kTokens * kAttentionWarps;
 constexpr u32 kThreads = 32 * kAttentionWarps;
 
 struct AttentionArgs {
-    const char *q, *keys, *values;
+    const char* q;
+    char *keys, *values;
+    const char *new_keys, *new_values, *cos, *sin;  // of the new tokens; with kTurns only
     const int *block_tables, *query_starts, *seq_lens, *split_starts;
     int* tickets;
     float *sums, *norms;
     u16* out;
-    u64 q_stride, token_stride, head_stride, table_stride;  // bytes; of the table in entries
+    u64 q_stride, new_stride, angle_stride;       // bytes from row to row
+    u64 token_stride, head_stride, table_stride;  // bytes; of the table in entries
     u32 num_seqs, num_kv_heads, block_size;
     u32 split, most_splits;  // how long a split is, or so many times twice as long that there are few enough
     u32 window;              // how many tokens one sees, itself included
     float scale;             // of scores, times log2(e)
 };
 
-template <class Number, int kHeadDim, int kGroup>
+// kTurns: q and the new keys are still to be turned to their positions, and the new tokens to be stored.
+template <class Number, int kHeadDim, int kGroup, bool kTurns>
 struct DecodeAttention {
     static constexpr int kSteps = kHeadDim / 32, kHalves = kHeadDim / 64;
     static_assert(kHeadDim % 64 == 0 && kGroup <= 8);
@@ -38,15 +42,9 @@ struct DecodeAttention {
     struct Shared {
         float totals[kAttentionWarps][kGroup][kHeadDim];
         float peaks[kAttentionWarps][8], norms[kAttentionWarps][8];
-        int first_split, num_splits, seq, row, len;
+        int first_split, num_splits, seq, row;
+        u32 len;
         bool is_last;
-    };
-
-    // Of one warp: the values' sum for dimensions 64 h + 8 group + 2 i (and the next) of heads 2 member (and
-    // the next); greatest score and sum of exponentials of head `group`.
-    struct Partial {
-        float total[kHalves][4][4] = {};
-        float peak = -infinity(), norm = 0;
     };
 
     const AttentionArgs& args;
@@ -78,8 +76,59 @@ struct DecodeAttention {
         return length;
     }
 
-    void attend(Partial& part, const Vector (&q)[kSteps], u32 begin, u32 end) const {
+    // Component i with i + kHeadDim / 2, which a thread has both; every operation rounded by itself.
+    void turn(Vector (&vector)[kSteps]) const {
+#pragma unroll
+        for (int step = 0; step < kSteps / 2; step++) {
+            const u64 at = shared.row * args.angle_stride + step * 64 + member * 16;
+            const Vector cos = load_global(args.cos + at), sin = load_global(args.sin + at);
+            Vector &low = vector[step], &high = vector[step + kSteps / 2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 turned_low = 0, turned_high = 0;
+#pragma unroll
+                for (int shift = 0; shift < 32; shift += 16) {
+                    const u16 l = u16(low.part[i] >> shift), h = u16(high.part[i] >> shift);
+                    const u16 c = u16(cos.part[i] >> shift), s = u16(sin.part[i] >> shift);
+                    turned_low |= u32(sum(product(l, c), product(h ^ 0x8000, s))) << shift;
+                    turned_high |= u32(sum(product(h, c), product(l, s))) << shift;
+                }
+                low.part[i] = turned_low;
+                high.part[i] = turned_high;
+            }
+        }
+    }
+    static u16 product(u16 a, u16 b) { return Number::narrow(Number::widen(a) * Number::widen(b)); }
+    static u16 sum(u16 a, u16 b) { return Number::narrow(Number::widen(a) + Number::widen(b)); }
+
+    // The new token's key is turned and, like its value, stored, by the threads that have them.
+    void add_new(Vector (&key)[4][kSteps], const Vector (&value)[2][kHalves][4], u32 token, u32 slot) const {
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++) {
+            if (token != tile * 8 + group) continue;
+            turn(key[tile]);
+#pragma unroll
+            for (int step = 0; step < kSteps; step++)
+                store_global(args.keys + place(slot) + step * 64 + member * 16, key[tile][step]);
+        }
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (token != pair * 16 + member * 2 + i % 2 + i / 2 * 8) continue;
+#pragma unroll
+                for (int half = 0; half < kHalves; half++)
+                    store_global(args.values + place(slot) + half * 128 + group * 16, value[pair][half][i]);
+            }
+    }
+
+    // One warp's tokens of a split, into its part of `shared`.
+    void attend(Vector (&q)[kSteps], u32 begin, u32 end) const {
+        float all_peak = -infinity(), all_norm = 0;  // of head `group`
         const int* table = args.block_tables + shared.seq * args.table_stride;
+        const u32 last = shared.len - 1;
+        const u64 new_row = shared.row * args.new_stride + kv_head * kHeadDim * 2;
+        const char *new_key = args.new_keys + new_row, *new_value = args.new_values + new_row;
         for (u32 base = begin + warp * kTokens; base < end; base += kRound) {
             const u32 mine = base + lane;
             const u32 slot =
@@ -88,12 +137,12 @@ struct DecodeAttention {
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
                 const u32 token = tile * 8 + group;
-                const char* from =
-                    args.keys + at_slot(__shfl_sync(0xffffffff, slot, token)) + kv_head * args.head_stride;
+                const char* from = args.keys + place(__shfl_sync(0xffffffff, slot, token));
+                if (kTurns && base + token == last) from = new_key;
+                from += member * 16;
                 if (base + token < end)
 #pragma unroll
-                    for (int step = 0; step < kSteps; step++)
-                        key[tile][step] = load_global(from + step * 64 + member * 16);
+                    for (int step = 0; step < kSteps; step++) key[tile][step] = load_global(from + step * 64);
             }
             Vector value[2][kHalves][4] = {};  // 16 tokens, of which a thread has four
 #pragma unroll
@@ -101,16 +150,21 @@ struct DecodeAttention {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const u32 token = pair * 16 + member * 2 + i % 2 + i / 2 * 8;
-                    const char* from = args.values + at_slot(__shfl_sync(0xffffffff, slot, token)) +
-                                       kv_head * args.head_stride;
+                    const char* from = args.values + place(__shfl_sync(0xffffffff, slot, token));
+                    if (kTurns && base + token == last) from = new_value;
+                    from += group * 16;
                     if (base + token < end)
 #pragma unroll
                         for (int half = 0; half < kHalves; half++)
-                            value[pair][half][i] = load_global(from + half * 128 + group * 16);
+                            value[pair][half][i] = load_global(from + half * 128);
                 }
+            // Now that all is on its way.
+            if (kTurns && base == begin + warp * kTokens) turn(q);
+            if (kTurns && last - base < kTokens)
+                add_new(key, value, last - base, __shfl_sync(0xffffffff, slot, last - base));
 
             float score[4][4] = {};
-            float peak = part.peak;
+            float peak = all_peak;
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
 #pragma unroll
@@ -129,8 +183,8 @@ struct DecodeAttention {
             }
             peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 1));
             peak = fmaxf(peak, __shfl_xor_sync(0xffffffff, peak, 2));
-            const float shrink = exp2f(part.peak - peak);
-            part.peak = peak;
+            const float shrink = exp2f(all_peak - peak);
+            all_peak = peak;
             float norm = 0;
             u32 weight[4];
 #pragma unroll
@@ -141,7 +195,7 @@ struct DecodeAttention {
             }
             norm += __shfl_xor_sync(0xffffffff, norm, 1);
             norm += __shfl_xor_sync(0xffffffff, norm, 2);
-            part.norm = part.norm * shrink + norm;
+            all_norm = all_norm * shrink + norm;
 
             const float shrinks[2] = {__shfl_sync(0xffffffff, shrink, member * 8),
                                       __shfl_sync(0xffffffff, shrink, member * 8 + 4)};
@@ -149,9 +203,8 @@ struct DecodeAttention {
             for (int half = 0; half < kHalves; half++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    float (&total)[4] = part.total[half][i];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) total[j] *= shrinks[j % 2];
+                    // Of dimensions 64 half + 8 group + 2 i (and the next) of heads 2 member (and the next).
+                    float total[4] = {};
 #pragma unroll
                     for (int pair = 0; pair < 2; pair++) {
                         const Vector(&v)[4] = value[pair][half];
@@ -160,26 +213,19 @@ struct DecodeAttention {
                             high_halves(v[0].part[i], v[1].part[i]), low_halves(v[2].part[i], v[3].part[i]),
                             high_halves(v[2].part[i], v[3].part[i]), weight[pair * 2], weight[pair * 2 + 1]);
                     }
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const u32 head = member * 2 + j % 2;
+                        if (head >= kGroup) continue;
+                        float& all = shared.totals[warp][head][half * 64 + group * 8 + i * 2 + j / 2];
+                        all = base < begin + kRound ? total[j] : all * shrinks[j % 2] + total[j];
+                    }
                 }
         }
+        if (member == 0) shared.peaks[warp][group] = all_peak, shared.norms[warp][group] = all_norm;
     }
 
-    u64 at_slot(u32 slot) const { return slot * args.token_stride; }
-
-    void keep(const Partial& part) const {
-        if (member == 0) shared.peaks[warp][group] = part.peak, shared.norms[warp][group] = part.norm;
-#pragma unroll
-        for (int half = 0; half < kHalves; half++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const u32 head = member * 2 + j % 2;
-                    if (head < kGroup)
-                        shared.totals[warp][head][half * 64 + group * 8 + i * 2 + j / 2] =
-                            part.total[half][i][j];
-                }
-    }
+    u64 place(u32 slot) const { return slot * args.token_stride + kv_head * args.head_stride; }
 
     void store(u32 head, u32 dim, float value) const {
         const u64 row = u64(shared.row) * args.num_kv_heads * kGroup + kv_head * kGroup + head;
@@ -197,7 +243,7 @@ struct DecodeAttention {
             for (u32 w = 0; w < kAttentionWarps; w++) {
                 const float share = exp2f(shared.peaks[w][head] - peak);
                 norm += shared.norms[w][head] * share;
-                total += shared.totals[w][head][dim] * share;
+                if (shared.norms[w][head] > 0) total += shared.totals[w][head][dim] * share;  // it had tokens
             }
             if (shared.num_splits == 1) {
                 store(head, dim, total / norm);
@@ -250,9 +296,9 @@ struct DecodeAttention {
         const int num_all_splits = args.split_starts[args.num_seqs];
         for (int split = blockIdx.y; split < num_all_splits; split += gridDim.y) {
             find(split);
-            const u32 num_seen = min(u32(shared.len), args.window), length = split_length(num_seen);
+            const u32 num_seen = min(shared.len, args.window), length = split_length(num_seen);
             const u32 begin = shared.len - num_seen + (split - shared.first_split) * length;
-            const u32 end = min(begin + length, u32(shared.len));
+            const u32 end = min(begin + length, shared.len);
             const char* from =
                 args.q + shared.row * args.q_stride + (kv_head * kGroup + group) * kHeadDim * 2;
             Vector q[kSteps] = {};
@@ -260,9 +306,7 @@ struct DecodeAttention {
 #pragma unroll
                 for (int step = 0; step < kSteps; step++)
                     q[step] = load_global(from + step * 64 + member * 16);
-            Partial part;
-            attend(part, q, begin, end);
-            keep(part);
+            attend(q, begin, end);
             __syncthreads();
             merge_warps(split);
             if (shared.num_splits > 1 && is_last()) merge_splits();

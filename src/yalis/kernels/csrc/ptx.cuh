@@ -54,6 +54,12 @@ inline Vector load_global(const char* from) {
     return v;
 }
 
+inline void store_global(char* to, const Vector& v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.part[0]), "r"(v.part[1]),
+                 "r"(v.part[2]), "r"(v.part[3])
+                 : "memory");
+}
+
 // The low, and the high, 16 bits of both, the first's below.
 inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
 inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
