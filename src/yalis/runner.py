@@ -173,11 +173,12 @@ class Runner:
 
     @torch.inference_mode()
     def _capture(self, sizes: Sequence[int], on_progress: Progress | None = None) -> DecodeGraphs:
-        def upload(num_rows: int) -> Uploaded:
-            nothing = Batch(num_decodes=0, slots=(), num_cached=())
-            return self._inputs.upload(nothing, num_rows=num_rows)
+        return DecodeGraphs(sizes, self._upload_padding, self.decode, self._device, on_progress)
 
-        return DecodeGraphs(sizes, upload, self.decode, self._device, on_progress)
+    def _upload_padding(self, num_rows: int) -> Uploaded:
+        """Decodes of nobody's."""
+        nothing = Batch(num_decodes=0, slots=(), num_cached=())
+        return self._inputs.upload(nothing, num_rows=num_rows)
 
     def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
         options, device = self._options, self._device
@@ -210,10 +211,12 @@ class Runner:
         """
         self._attention, self._inputs = self._make_cache(1)
         max_model_len = self._options.resolved_max_model_len(self._config)
-        for num_tokens in (*_FEW_TOKENS, self._options.max_num_batched_tokens):
+        sizes = (*_FEW_TOKENS, self._options.max_num_batched_tokens)
+        for num_tokens in (1,) if self._goes_one_by_one else sizes:
             hidden = self.forward(prompts_of(num_tokens, self._options, max_model_len))
             head = self.model.lm_head
             head.gather(head(hidden[: self._options.max_num_seqs]))
+        self.decode(self._upload_padding(1))
         del self._attention, self._inputs
 
     def _graph_bytes(self) -> int:
