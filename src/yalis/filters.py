@@ -64,27 +64,21 @@ def _ranked(logits: Tensor, num_ranked: int) -> Tensor:
 
 
 def draw(scores: Tensor, keys: Tensor) -> Tensor:
-    """`[n]` int64 tokens, each in proportion to the exponentials of its row of `scores`.
+    """`[n]` int64 tokens, each in proportion to the exponentials of its row of `scores`, none above 0.
 
-    `keys` `[n, 2]`, integers of 32 bits with sign, make the row's noise. This is the Gumbel-max trick: the
-    token wins whose score and noise are the highest together. Its noise is its own, so a change of the
-    logits' last bits matters only where two are as close as that; in an inverted cumulative sum it
-    would move all tokens behind it.
+    `keys` `[n, 2]`, integers of 32 bits with sign, the first odd, make the row's noise: an exponential number
+    for each token. The token wins whose weight, divided by it, is the highest (Gumbel-max, without its
+    logarithms). Noise is a token's own, so a change of the logits' last bits matters only where two are
+    as close as that; in an inverted cumulative sum it would move all tokens behind it.
     """
-    size = scores.shape[-1]
     factor, offset = torch.split(keys.int(), 1, dim=1)
-    bits = torch.arange(size, dtype=torch.int32, device=scores.device) * (factor | 1)
-    bits = _mix_(bits.add_(offset))
-    # Fine-grained near 0, for that is where the rare tokens win.
-    numbers = (
-        bits.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    )
-    exponentials = numbers.neg_().log1p_().neg_()
-    return (scores - exponentials.log_()).argmax(dim=-1)
-
-
-def _mix_(bits: Tensor) -> Tensor:
-    """Int32 hashes, in place: two rounds of multiply and xor-shift (constants: Wellons' lowbias32)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        bits.bitwise_xor_((bits >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
-    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+    bits = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device) * factor
+    # Two rounds of xor-shift and multiply (constants: Wellons' lowbias32) spread what differs over all bits.
+    bits.add_(offset)
+    for shift, constant in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        bits.bitwise_xor_(bits >> shift).mul_(constant)
+    bits.bitwise_xor_(bits >> 16).bitwise_and_(0x7FFFFFFF)
+    # Fine-grained near 0, where rare tokens win, and neither 0 nor 1, also where float32 rounds up.
+    step = 2.0**-31 * (1 - 2.0**-24)
+    negative = torch.rsub(bits.float(), -step / 2, alpha=step)
+    return scores.exp().div_(negative.log1p_()).argmin(dim=-1)

@@ -160,9 +160,9 @@ def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logpr
 
 
 def draw_keys(seed: int, token_idx: int) -> tuple[int, int]:
-    """What makes the noise of a request's token: two integers of 32 bits with sign."""
+    """What makes the noise of a request's token: two integers of 32 bits with sign, the first odd."""
     mixed = _mix(_mix(seed & _MASK) + token_idx & _MASK)
-    return (mixed >> 32) - 2**31, (mixed & 2**32 - 1) - 2**31
+    return (mixed >> 32 | 1) - 2**31, (mixed & 2**32 - 1) - 2**31
 
 
 def request_seed(engine_seed: int, request_id: int) -> int:
