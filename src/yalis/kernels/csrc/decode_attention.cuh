@@ -55,18 +55,31 @@ struct DecodeAttention {
 
     DecodeAttention(const AttentionArgs& args, Shared& shared) : args(args), shared(shared) {}
 
-    // Which sequence has this split: the thread that finds it tells all.
-    void find(int split) const {
-        for (u32 i = threadIdx.x; i < args.num_seqs; i += kThreads) {
-            const int start = args.split_starts[i], next = args.split_starts[i + 1];
-            const int row = args.query_starts[i], len = args.seq_lens[i];
-            if (start > split || split >= next) continue;
-            shared.first_split = start;
-            shared.num_splits = next - start;
-            shared.seq = i;
-            shared.row = row;
-            shared.len = len;
-        }
+    // What is to be known of a sequence; of one that is not there, that it has no splits.
+    struct Sequence {
+        int start, next, row, len;
+    };
+    Sequence sequence(u32 i) const {
+        if (i >= args.num_seqs) return {};
+        return {load_int(args.split_starts + i), load_int(args.split_starts + i + 1),
+                load_int(args.query_starts + i), load_int(args.seq_lens + i)};
+    }
+
+    void tell(int split, u32 i, const Sequence& it) const {
+        if (it.start > split || split >= it.next) return;
+        shared.first_split = it.start;
+        shared.num_splits = it.next - it.start;
+        shared.seq = i;
+        shared.row = it.row;
+        shared.len = it.len;
+    }
+
+    // Which sequence has this split: the thread that finds it tells all. Of the first ones each knows its
+    // own.
+    void find(int split, const Sequence& mine) const {
+        tell(split, threadIdx.x, mine);
+#pragma unroll 1
+        for (u32 i = threadIdx.x + kThreads; i < args.num_seqs; i += kThreads) tell(split, i, sequence(i));
         __syncthreads();
     }
 
@@ -293,9 +306,10 @@ struct DecodeAttention {
     void run() const {
         let_next_start();
         wait_for_previous();
-        const int num_all_splits = args.split_starts[args.num_seqs];
+        const Sequence mine = sequence(threadIdx.x);  // read at once with the next, not after it
+        const int num_all_splits = load_int(args.split_starts + args.num_seqs);
         for (int split = blockIdx.y; split < num_all_splits; split += gridDim.y) {
-            find(split);
+            find(split, mine);
             const u32 num_seen = min(shared.len, args.window), length = split_length(num_seen);
             const u32 begin = shared.len - num_seen + (split - shared.first_split) * length;
             const u32 end = min(begin + length, shared.len);

@@ -54,6 +54,12 @@ inline Vector load_global(const char* from) {
     return v;
 }
 
+inline int load_int(const int* from) {
+    int value;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
+
 inline void store_global(char* to, const Vector& v) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.part[0]), "r"(v.part[1]),
                  "r"(v.part[2]), "r"(v.part[3])
