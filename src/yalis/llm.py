@@ -251,8 +251,9 @@ class LLM:
     def use_all_reduce(self, name: str) -> None:
         """Sum over the ranks by another backend from now on, with the same weights: to compare them.
 
-        "nvrar" follows the plan that the options say. Collective under a launcher. Raises ConfigError when it
-        cannot work here, YalisError while requests are under way.
+        "nvrar" follows the plan that the options say. Collective under a launcher. Raises ConfigError when
+        the options rule it out, YalisError while requests are under way; where GPUs turn out not to share
+        memory, ConfigError on a launcher's ranks, and WorkerError, which ends them, with workers.
         """
         if self.engine.has_work:
             raise YalisError(
