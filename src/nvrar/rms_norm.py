@@ -35,7 +35,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     wide = h.float()
     # As the kernel has it: times the inverse of the number, which is rounded to fp32.
     mean = _sum_of_squares(wide, _WORD_BYTES // x.element_size()) * (1 / x.shape[-1])
-    scale = torch.sqrt(mean + eps).reciprocal()
+    # Rounded once, from fp64: the fp32 square root of torch on CPUs is off by a bit at times.
+    scale = torch.sqrt((mean + eps).double()).float().reciprocal()
     normed = (wide * scale.unsqueeze(-1)).to(x.dtype).float()
     return (normed * weight.float()).to(x.dtype), h
 

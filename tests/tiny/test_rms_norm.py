@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,15 @@ def test_the_order_of_the_squares_is_the_documented_one() -> None:
     weight = torch.ones(1100, dtype=torch.bfloat16)
     normed, _ = add_rms_norm(row, torch.zeros_like(row), weight, 1e-6)
     assert torch.equal(normed, (row.float() * scale).bfloat16())
+
+
+def test_every_step_is_rounded_as_ieee_has_it() -> None:
+    """As the kernel rounds; numpy's square root is the nearest number, torch's on CPUs need not be."""
+    x = torch.rand(4096, 1, generator=torch.Generator().manual_seed(3)) * 3
+    normed, _ = add_rms_norm(x, torch.zeros_like(x), torch.ones(1), 1e-5)
+    h = x.numpy()
+    scale = np.float32(1) / np.sqrt(h * h + np.float32(1e-5))
+    assert (normed.numpy() == h * scale).all()
 
 
 X = torch.ones(2, 8)
