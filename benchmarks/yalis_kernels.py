@@ -29,6 +29,7 @@ import kernel_cases
 from yalis.kernels import decode_attention as decode
 from yalis.kernels import few_rows, invariant_linear, launch
 from yalis.kernels.activation import silu_and_mul
+from yalis.kernels.decode_splits import SPLIT, DecodeWorkspace, plan_decode
 from yalis.kernels.few_rows import Tile, multiply_few_rows
 from yalis.kernels.linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
@@ -223,7 +224,7 @@ class Model:
         self.slots = self.tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
         angle = torch.rand(batch, shape.head_dim // 2, device=DEVICE)
         self.cos, self.sin = angle.cos().to(BF16), angle.sin().to(BF16)
-        self.workspace = decode.DecodeWorkspace.allocate(
+        self.workspace = DecodeWorkspace.allocate(
             batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE
         )
         self.x = random(batch, shape.hidden)
@@ -231,7 +232,7 @@ class Model:
     def step(self, variant: Variant = Variant(), *, attends: bool = True) -> Tensor:
         shape = self.shape
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        decode.plan_decode(self.starts, self.lens, self.workspace)
+        plan_decode(self.starts, self.lens, self.workspace)
         residual = self.x
         x = rms_norm(residual, self.norm, 1e-5)
         for layer, cache in zip(self.layers, self.caches, strict=True):
@@ -388,7 +389,7 @@ def show(tile: Tile) -> str:
 
 
 def attention_call(
-    batch: int, context: int, shape: Shape
+    batch: int, context: int, shape: Shape, split: int = SPLIT
 ) -> tuple[list[Callable[[int | None, int], None]], int]:
     num_bytes = 2 * 2 * batch * context * shape.num_kv_heads * shape.head_dim
     table_len = -(-context // BLOCK_SIZE)
@@ -398,11 +399,11 @@ def attention_call(
     tables = torch.randperm(batch * table_len, device=DEVICE).to(torch.int32).view(batch, table_len)
     starts, lens = torch.arange(batch + 1, **at), torch.full((batch,), context, **at)
     q = random(batch, shape.num_heads, shape.head_dim)
-    workspace = decode.DecodeWorkspace.allocate(
-        batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE
+    workspace = DecodeWorkspace.allocate(
+        batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE, split=split
     )
     out = torch.empty_like(q)
-    decode.plan_decode(starts, lens, workspace)
+    plan_decode(starts, lens, workspace)
 
     def call(copy: int, num_programs: int | None, num_stages: int) -> None:
         decode.decode_attention(
@@ -419,12 +420,12 @@ def decodes() -> Iterator[str]:
 
     Stages 0 is the kernel in CUDA C++.
     """
-    before = decode.SPLIT, decode._TILE
+    before = decode._TILE
     for batch, context in [(1, 256), (1, 4096), (32, 256), (32, 2048)]:
         cells = []
         for split, tile in ((64, 64), (128, 64), (256, 64), (256, 128), (512, 64), (1024, 64)):
-            decode.SPLIT, decode._TILE = split, tile
-            calls, num_bytes = attention_call(batch, context, LLAMA_8B)
+            decode._TILE = tile
+            calls, num_bytes = attention_call(batch, context, LLAMA_8B, split)
             us = time_us([lambda c=c: c(None, 0) for c in calls], 5)
             cells.append((us, f"C++ {split} {us:.1f}"))
             if split == 1024:
@@ -433,7 +434,7 @@ def decodes() -> Iterator[str]:
                 n = -(-per_processor * NUM_PROCESSORS // LLAMA_8B.num_kv_heads)
                 us = time_us([lambda c=c, n=n, s=stages: c(n, s) for c in calls], 5)
                 cells.append((us, f"{split}/{tile}/{per_processor}/{stages} {us:.1f}"))
-        decode.SPLIT, decode._TILE = before
+        decode._TILE = before
         best = ", ".join(
             cell for i, (_, cell) in enumerate(sorted(cells)) if i < 6 or cell.startswith("C++")
         )

@@ -13,13 +13,8 @@ from torch import Tensor
 
 import kernel_reference as reference
 from yalis.kernels.activation import silu_and_mul
-from yalis.kernels.decode_attention import (
-    SPLIT,
-    DecodeWorkspace,
-    can_turn,
-    decode_attention,
-    plan_decode,
-)
+from yalis.kernels.decode_attention import can_turn, decode_attention
+from yalis.kernels.decode_splits import SPLIT, DecodeWorkspace, plan_decode
 from yalis.kernels.few_rows import multiply_few_rows, takes
 from yalis.kernels.invariant_linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape, one_token_each
-from yalis.kernels.decode_attention import DecodeWorkspace, can_turn, decode_attention, plan_decode
+from yalis.kernels.decode_attention import can_turn, decode_attention
+from yalis.kernels.decode_splits import DecodeWorkspace, plan_decode
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
 from yalis.kernels.warp_attention import NewTokens

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one new token per sequence over a paged cache (flash-decoding), in one launch.
 
-What a token sees, its context or a window of it, is cut into splits of SPLIT tokens, or so many times
-twice as many that a sequence has no more than `most_splits`. A fixed number of programs share the splits
-of all sequences, so one captured launch serves any lengths, and none is idle while another has a long
-context. Of a sequence's splits the program that ends last adds all partial results, in order: the bits
-follow from the sequence alone, not from what runs beside it or who ends last.
+A fixed number of programs share the splits of all sequences (decode_splits.py), so one captured launch
+serves any lengths, and none is idle while another has a long context. Of a sequence's splits the program
+that ends last adds all partial results, in order: the bits follow from the sequence alone, not from what
+runs beside it or who ends last.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,74 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from yalis.kernels import warp_attention
+from yalis.kernels.decode_splits import EVERYTHING, DecodeWorkspace, split_length
 from yalis.kernels.launch import begin, launch_options, wait
 from yalis.kernels.warp_attention import NewTokens
 
-SPLIT = 256
 _TILE = 64
-# Splits of one sequence, those of all its key-value heads together: enough for every multiprocessor.
-_MOST_PARTS = 512
-# More tokens than any context has.
-_EVERYTHING = 1 << 30
-
-
-@dataclass(frozen=True)
-class DecodeWorkspace:
-    """Device memory of the decode kernel, for batches up to a number of sequences and a length of contexts.
-
-    One may serve any number of layers, one after the other, on one stream.
-    """
-
-    # By window [max_num_seqs + 1] int32: how many splits the sequences before have.
-    split_starts: dict[int | None, Tensor]
-    most_splits: int  # of a sequence
-    tickets: Tensor  # [max_num_seqs, num_kv_heads] int32: how many splits are done; zero between launches
-    sums: Tensor  # [num_splits, num_heads, head_dim] float32
-    norms: Tensor  # [num_splits, num_heads, 2] float32: greatest score and sum of exponentials
-
-    @classmethod
-    def allocate(
-        cls,
-        max_num_seqs: int,
-        max_len: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device,
-        *,
-        windows: Sequence[int | None] = (None,),
-        most_splits: int | None = None,
-    ) -> DecodeWorkspace:
-        """For layers with these windows: how many tokens one sees, itself included, or None for all."""
-        most_splits = most_splits or max(_MOST_PARTS // num_kv_heads, 1)
-        num_splits = max_num_seqs * min(triton.cdiv(max_len, SPLIT), most_splits)
-        f32, i32 = torch.float32, torch.int32
-        return cls(
-            {w: torch.zeros(max_num_seqs + 1, dtype=i32, device=device) for w in set(windows)},
-            most_splits,
-            torch.zeros((max_num_seqs, num_kv_heads), dtype=i32, device=device),
-            torch.empty((num_splits, num_heads, head_dim), dtype=f32, device=device),
-            torch.empty((num_splits, num_heads, 2), dtype=f32, device=device),
-        )
-
-
-def plan_decode(query_starts: Tensor, seq_lens: Tensor, workspace: DecodeWorkspace) -> None:
-    """Count the splits of each sequence, for every window; once a step, before the layers. Capturable.
-
-    query_starts `[num_seqs + 1]` and seq_lens `[num_seqs]`, int32, as `decode_attention` takes them.
-    """
-    for window, split_starts in workspace.split_starts.items():
-        _plan_kernel[(1,)](
-            query_starts, seq_lens, split_starts, seq_lens.shape[0], window or _EVERYTHING,
-            SPLIT=SPLIT, MOST_SPLITS=workspace.most_splits, BLOCK=_room(split_starts), num_warps=4,
-            **launch_options(seq_lens.device),
-        )  # fmt: skip
-
-
-def _room(split_starts: Tensor) -> int:
-    """How many sequences a kernel looks through. The same for all batches: none is compiled for one."""
-    num_seqs: int = triton.next_power_of_2(split_starts.shape[0] - 1)
-    return num_seqs
 
 
 def decode_attention(
@@ -122,7 +55,7 @@ def decode_attention(
         warp_attention.attend(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
             split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
-            split=SPLIT, most_splits=workspace.most_splits, window=window or _EVERYTHING,
+            split=workspace.split, most_splits=workspace.most_splits, window=window or EVERYTHING,
             scale=scale, new=new, num_programs=num_programs,
         )  # fmt: skip
         return
@@ -135,12 +68,12 @@ def decode_attention(
     _decode_kernel[(num_kv_heads, num_programs)](
         q, key_cache, value_cache, block_tables, query_starts, seq_lens,
         split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
-        num_seqs, window or _EVERYTHING, scale * 1.4426950408889634,
+        num_seqs, window or EVERYTHING, scale * 1.4426950408889634,
         q.stride(0), block_tables.stride(0), block_tables.shape[1],
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16), BLOCK_DIM=triton.next_power_of_2(head_dim),
-        BLOCK_SEQS=_room(split_starts), SPLIT=SPLIT, MOST_SPLITS=workspace.most_splits, TILE=_TILE,
+        BLOCK_SEQS=workspace.room, SPLIT=workspace.split, MOST_SPLITS=workspace.most_splits, TILE=_TILE,
         NUM_STAGES=num_stages,
         num_warps=4, **launch_options(q.device),
     )  # fmt: skip
@@ -157,34 +90,6 @@ def _num_programs(device: torch.device, num_kv_heads: int) -> int:
         return 4
     num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     return -(-2 * num_processors // num_kv_heads)
-
-
-@triton.jit
-def _split_length(num_seen, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr):
-    """The length of the splits of so many tokens, which follows from their number alone."""
-    length = num_seen * 0 + SPLIT
-    for _ in tl.static_range(12):  # up to a million tokens a split
-        length = tl.where(num_seen > length * MOST_SPLITS, 2 * length, length)
-    return length
-
-
-# What changes from step to step the compiler does not look at: nothing is compiled while serving.
-@triton.jit(do_not_specialize=["num_seqs", "window"])
-def _plan_kernel(
-    query_starts, seq_lens, split_starts, num_seqs, window,
-    SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    begin(PDL)
-    wait(PDL)
-    seq = tl.arange(0, BLOCK)
-    mask = seq < num_seqs
-    first = tl.load(query_starts + seq, mask, other=0)
-    is_decode = tl.load(query_starts + seq + 1, mask, other=0) - first == 1
-    num_seen = tl.minimum(tl.load(seq_lens + seq, mask, other=0), window)
-    num_splits = tl.cdiv(num_seen, _split_length(num_seen, SPLIT, MOST_SPLITS))
-    ends = tl.cumsum(tl.where(is_decode, num_splits, 0), 0)
-    tl.store(split_starts + seq + 1, ends, mask)
-    tl.store(split_starts, 0)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window", "table_stride", "table_width"])
@@ -220,7 +125,7 @@ def _decode_kernel(
         q_row = tl.sum(tl.where(is_it, rows, 0), 0).to(tl.int64)
         seq_len = tl.sum(tl.where(is_it, lens, 0), 0)
         num_seen = tl.minimum(seq_len, window)
-        length = _split_length(num_seen, SPLIT, MOST_SPLITS)
+        length = split_length(num_seen, SPLIT, MOST_SPLITS)
         start = seq_len - num_seen + (split - first_split) * length
         total, peak, norm = _attend(
             q + q_row * q_stride, key_cache, value_cache, block_tables + seq.to(tl.int64) * table_stride,

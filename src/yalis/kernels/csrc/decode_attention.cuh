@@ -9,6 +9,7 @@
 
 #include "numbers.cuh"
 #include "ptx.cuh"
+#include "turn.cuh"
 
 namespace yalis {
 
@@ -89,30 +90,10 @@ struct DecodeAttention {
         return length;
     }
 
-    // Component i with i + kHeadDim / 2, which a thread has both; every operation rounded by itself.
     void turn(Vector (&vector)[kSteps]) const {
-#pragma unroll
-        for (int step = 0; step < kSteps / 2; step++) {
-            const u64 at = shared.row * args.angle_stride + step * 64 + member * 16;
-            const Vector cos = load_global(args.cos + at), sin = load_global(args.sin + at);
-            Vector &low = vector[step], &high = vector[step + kSteps / 2];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 turned_low = 0, turned_high = 0;
-#pragma unroll
-                for (int shift = 0; shift < 32; shift += 16) {
-                    const u16 l = u16(low.part[i] >> shift), h = u16(high.part[i] >> shift);
-                    const u16 c = u16(cos.part[i] >> shift), s = u16(sin.part[i] >> shift);
-                    turned_low |= u32(sum(product(l, c), product(h ^ 0x8000, s))) << shift;
-                    turned_high |= u32(sum(product(h, c), product(l, s))) << shift;
-                }
-                low.part[i] = turned_low;
-                high.part[i] = turned_high;
-            }
-        }
+        const u64 at = shared.row * args.angle_stride + member * 16;
+        yalis::turn<Number>(vector, args.cos + at, args.sin + at);
     }
-    static u16 product(u16 a, u16 b) { return Number::narrow(Number::widen(a) * Number::widen(b)); }
-    static u16 sum(u16 a, u16 b) { return Number::narrow(Number::widen(a) + Number::widen(b)); }
 
     // The new token's key is turned and, like its value, stored, by the threads that have them.
     void add_new(Vector (&key)[4][kSteps], const Vector (&value)[2][kHalves][4], u32 token, u32 slot) const {
