@@ -1,0 +1,193 @@
+"""The GPU executor's kernels, emulated: their bits beside the reference's, and the protocol when it is tried.
+
+Nodes that reach each other by put only are here, which no machine with GPUs alone can show.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from emulated import EmulatedCluster
+from nvrar.gpu.kernel import OTHER_CALL, PEER_MISSING
+from nvrar.gpu.layout import LL, LL128, Format, LaunchShape
+from nvrar.plan import Plan
+from nvrar.rms_norm import add_rms_norm
+from nvrar.testing import reference_all_reduce
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+# A plan; for each level whether packets travel by put; type and operation.
+CASES = [
+    ("exchange:2", "0", BF16, "sum"),
+    ("exchange:3", "0", F32, "sum"),
+    ("exchange:7", "0", F16, "max"),
+    ("split:2", "0", F16, "sum"),
+    ("split:5", "0", I32, "max"),
+    ("split:2 exchange:2", "00", BF16, "sum"),
+    ("split:3 split:2", "00", F32, "max"),
+    ("split:2 exchange:3 exchange:2", "000", BF16, "sum"),
+    ("exchange:3", "1", F32, "sum"),
+    ("split:2 exchange:2", "01", BF16, "sum"),
+    ("split:2 split:2", "01", F16, "sum"),
+    ("split:3 exchange:2", "11", I32, "sum"),
+]
+IDS = [f"{word} {put} {str(dtype)[6:]} {op}" for word, put, dtype, op in CASES]
+
+
+def cluster(
+    word: str, put: str, dtype: torch.dtype, op: str = "sum", **options: object
+) -> EmulatedCluster:
+    levels = tuple(p == "1" for p in put)
+    options = {"max_bytes": 8200} | options
+    return EmulatedCluster(Plan.parse(word), dtype, op, put=levels, **options)  # type: ignore[arg-type]
+
+
+def inputs_of(num_ranks: int, length: int, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(num_ranks, length, generator=generator) * 8
+    return list(numbers.to(dtype))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("word", "put", "dtype", "op"), CASES, ids=IDS)
+def test_bits(word: str, put: str, dtype: torch.dtype, op: str) -> None:
+    ranks = cluster(word, put, dtype, op)
+    per_unit = LL128.data_bytes // dtype.itemsize
+    for packets in (LL,) if "1" in put else (LL, LL128):
+        for length in (1, 8, per_unit - 1, per_unit, per_unit + 1, 1009):
+            xs = inputs_of(ranks.num_ranks, length, dtype, seed=length)
+            want = reference_all_reduce(torch.stack(xs), ranks.plan, op)
+            outs = [torch.empty_like(x) for x in xs]
+            ranks.run(ranks.prepare(xs, outs, packets, LaunchShape(2, 64)), seed=length)
+            ranks.check()
+            assert all(same_bits(out, want) for out in outs), (packets.name, length)
+
+
+STORMS = [
+    ("exchange:2", "0"),
+    ("split:2 exchange:2", "00"),
+    ("split:2 exchange:2", "01"),
+    ("exchange:3", "1"),
+]
+
+
+@pytest.mark.parametrize(("word", "put"), STORMS)
+def test_calls_need_no_word_between_them(word: str, put: str) -> None:
+    """Ranks run ahead and fall behind, sizes and packets change, epochs wrap around, and puts that are on
+    their way overtake each other: every result is right."""
+    choice = random.Random(word)
+    for seed in range(12):
+        ranks = cluster(word, put, BF16, first_epoch=2**32 - 3 - seed % 2)
+        calls, found, expected = [], [], []
+        for i in range(10):
+            packets = choice.choice([LL] if "1" in put else [LL, LL128])
+            length = 8 * choice.choice([1, 2, 17, 60, 64, choice.randrange(1, 500)])
+            xs = inputs_of(ranks.num_ranks, length, BF16, seed=100 * seed + i)
+            outs = xs if i % 2 else [torch.empty_like(x) for x in xs]
+            shape = LaunchShape(choice.choice([1, 3]), choice.choice([32, 64]))
+            expected += [reference_all_reduce(torch.stack(xs), ranks.plan)] * len(outs)
+            calls.append(ranks.prepare(xs, outs, packets, shape))
+            found += outs
+        ranks.run(*calls, seed=seed)
+        ranks.check()
+        assert all(map(same_bits, found, expected)), seed
+
+
+@pytest.mark.parametrize(
+    ("word", "put", "packets", "num_blocks"),
+    [("exchange:2", "0", LL128, 4), ("split:2", "0", LL, 1), ("split:2 exchange:2", "01", LL, 2)],
+)
+def test_a_peer_that_does_not_come(word: str, put: str, packets: Format, num_blocks: int) -> None:
+    ranks = cluster(word, put, F32, budget_s=0.05)
+    xs = inputs_of(ranks.num_ranks, 960, F32, seed=0)
+    outs = [torch.zeros_like(x) for x in xs]
+    call = ranks.prepare(xs, outs, packets, LaunchShape(num_blocks, 64))
+    ranks.run_apart([[call]] * (ranks.num_ranks - 1) + [[None]])
+    kinds = ranks.failure[:, 0].tolist()
+    # Whom they wait for in vain have their own word to give, and the last rank gave none.
+    assert set(kinds[:-1]) == {PEER_MISSING}
+    assert kinds[-1] == 0
+    assert all(out.isnan().any() for out in outs[:-1])
+    want = reference_all_reduce(torch.stack(xs), ranks.plan)
+    for out in outs[:-1]:
+        assert torch.equal(out[~out.isnan()], want[~out.isnan()]), "what is no NaN is right"
+    # Broken from then on: the next call waits for nobody.
+    ranks.run(call)
+    assert all(out.isnan().all() for out in outs[:-1])
+
+
+@pytest.mark.parametrize("packets", [LL, LL128], ids=lambda packets: packets.name)
+def test_a_peer_in_another_call(packets: Format) -> None:
+    ranks = cluster("exchange:2", "0", F32, budget_s=0.05)
+    calls, results = [], []
+    for length in (480, 960):
+        xs = inputs_of(2, length, F32, seed=length)
+        outs = [torch.zeros_like(x) for x in xs]
+        calls.append(ranks.prepare(xs, outs, packets, LaunchShape(1, 64)))
+        results.append((xs, outs))
+    ranks.run_apart([[calls[0]], [calls[1]]])
+    assert OTHER_CALL in ranks.failure[:, 0].tolist()
+    assert results[0][1][0].isnan().all()
+    assert results[1][1][1].isnan().all()
+
+
+# 5120 leaves a whole unit of a part empty, so that not all blocks of a cluster have equally many.
+ROWS = [
+    ("exchange:2", LL128, 3840, (2, 64, 1)),
+    ("exchange:2", LL128, 3840, (4, 32, 4)),
+    ("split:2", LL128, 3840, (4, 64, 2)),
+    ("split:2", LL128, 5120, (4, 64, 2)),
+    ("split:2 exchange:2", LL128, 3840, (2, 32, 2)),
+    ("exchange:3", LL, 3840, (2, 64, 1)),
+    ("split:2", LL, 1000, (1, 96, 1)),
+]
+
+
+@pytest.mark.parametrize(("word", "packets", "hidden", "launch"), ROWS)
+def test_sum_residual_and_norm(
+    word: str, packets: Format, hidden: int, launch: tuple[int, int, int]
+) -> None:
+    """Between sums, and norms of what was summed by a launch of its own, on ranks that run apart."""
+    ranks = cluster(word, "", BF16, max_bytes=1 << 15)
+    weight, shape = torch.rand(hidden).to(BF16), LaunchShape(*launch)
+    calls, found, expected = [], [], []
+    for i in range(16):
+        num_rows = 1 + i % 3
+        xs = [
+            x.view(-1, hidden) for x in inputs_of(ranks.num_ranks, num_rows * hidden, BF16, seed=i)
+        ]
+        total = reference_all_reduce(torch.stack(xs), ranks.plan)
+        residuals = list(torch.randn(ranks.num_ranks, num_rows, hidden).to(BF16))
+        wanted = [add_rms_norm(total, residual, weight, 1e-5) for residual in residuals]
+        rows = (xs, residuals, weight, 1e-5)
+        if i % 4 < 2:
+            calls.append(ranks.prepare_rows(*rows, packets, shape))
+        else:
+            calls.append(ranks.prepare(xs, xs, packets, LaunchShape(2, 64)))
+            calls.append(ranks.prepare_rows(*rows, LL128, LaunchShape(1, 64), sums=False))
+        found += [*xs, *residuals]
+        expected += [w[0] for w in wanted] + [w[1] for w in wanted]
+    ranks.run(*calls)
+    ranks.check()
+    assert all(map(same_bits, found, expected))
+
+
+def test_rows_of_a_peer_that_does_not_come() -> None:
+    """Blocks of a cluster end together, and leave NaN."""
+    ranks = cluster("split:2", "", BF16, max_bytes=1 << 15, budget_s=0.05)
+    xs = [x.view(2, -1) for x in inputs_of(2, 2 * 3840, BF16, seed=0)]
+    residuals, weight = [torch.zeros_like(x) for x in xs], torch.ones(3840).to(BF16)
+    call = ranks.prepare_rows(xs, residuals, weight, 1e-5, LL128, LaunchShape(4, 64, 2))
+    ranks.run_apart([[call], [None]])
+    assert ranks.failure[:, 0].tolist() == [PEER_MISSING, 0]
+    assert xs[0].isnan().all()
+    assert residuals[0].isnan().all()
