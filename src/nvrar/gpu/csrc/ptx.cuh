@@ -77,6 +77,8 @@ struct Team {
         asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
+    // Of what members store here.
+    static u64 load(const u64* address) { return *reinterpret_cast<const volatile u64*>(address); }
     // Into the shared memory of a member, at the place that `address` is here; 8 bytes arrive whole.
     static void store(u32 member, u64* address, u64 value) {
         if (size() == 1) {
@@ -102,6 +104,7 @@ struct Team {
     static u32 rank() { return 0; }
     static u32 size() { return 1; }
     static void meet() { __syncthreads(); }
+    static u64 load(const u64* address) { return *reinterpret_cast<const volatile u64*>(address); }
     static void store(u32, u64* address, u64 value) { *reinterpret_cast<volatile u64*>(address) = value; }
 #endif
 };

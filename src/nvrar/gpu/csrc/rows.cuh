@@ -99,7 +99,7 @@ class Rows {
             for (u32 chunk = lane; chunk < chunks; chunk += 32) {
                 u32 sum, tag;
                 do {  // it comes: whoever holds it waits for packets within the budget, and then says so
-                    const u64 mark = *reinterpret_cast<volatile u64*>(marks() + chunk);
+                    const u64 mark = Team::load(marks() + chunk);
                     sum = u32(mark);
                     tag = u32(mark >> 32);
                 } while ((tag & ~kFailed) != turn_);
