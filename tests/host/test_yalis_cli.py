@@ -137,3 +137,13 @@ def test_no_module_of_ours_needs_transformers() -> None:
 def test_verbose_shows_where_it_came_from(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "/no/such", "--prompt", "x", "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_cache_is_as_large_as_asked(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", model, "--prompt", "x", "--max-tokens", "2"]
+    assert main([*command, "--kv-cache-memory-bytes", "1"]) == 2
+    assert "the cache may take 1 bytes on a rank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--kv-cache-memory-bytes", "much"])
+    assert "size 'much'" in capsys.readouterr().err
+    assert main([*command, "--kv-cache-memory-bytes", "1M"]) == 0

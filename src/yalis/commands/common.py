@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from nvrar.units import parse_size
 from yalis.llm import LLM
 from yalis.options import DEVICES, LOAD_FORMATS
 from yalis.parallel.launcher import detect
@@ -36,12 +37,32 @@ def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "au
     )
     add("--device", choices=DEVICES, default="auto")
     add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of a GPU's memory that weights, steps and the cache may take (default: 0.9)",
+    )
+    add(
+        "--kv-cache-memory-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="of the cache on a rank, e.g. 4G (default: 4G on a CPU, on a GPU what the rest leaves)",
+    )
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add(
         "--batch-invariant",
         action="store_true",
         help="a request's tokens do not depend on what runs beside it; slower",
     )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:  # of which argparse would show the parser's name
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def is_first_rank() -> bool:
@@ -64,6 +85,8 @@ def make_llm(
         "load_format": args.load_format,
         "device": args.device,
         "max_model_len": args.max_model_len,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
         "enforce_eager": args.enforce_eager,
         "batch_invariant": args.batch_invariant,
         "seed": args.seed,
