@@ -131,9 +131,8 @@ class Communicator:
         )
         self._link = agreement.link
         self._choices: dict[tuple[int, torch.dtype], Choice] = {}
-        self._plain_calls: set[tuple[int, torch.dtype, str]] = (
-            set()
-        )  # that the GPU takes as they are
+        # Sizes, types and operations that the GPU takes as they are.
+        self._plain_calls: set[tuple[int, torch.dtype, str]] = set()
         self._too_large = f"messages above max_bytes ({max_bytes})"
         self._host = HostCalls(self.group, self.topology, self.name, wire_dtype)
         self._sideband = Sideband(self.group, self.name, timeout_s)

@@ -12,9 +12,8 @@ from nvrar.sideband import is_destroyed
 if TYPE_CHECKING:
     from nvrar.communicator import Communicator
 
-by_name: weakref.WeakValueDictionary[str, Communicator] = (
-    weakref.WeakValueDictionary()
-)  # keeps none
+# It keeps none of them alive.
+by_name: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 
 
 def find(name: str) -> Communicator:
