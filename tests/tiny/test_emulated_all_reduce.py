@@ -127,7 +127,7 @@ def test_a_peer_that_does_not_come(word: str, put: str, packets: Format, num_blo
 
 @pytest.mark.parametrize("packets", [LL, LL128], ids=lambda packets: packets.name)
 def test_a_peer_in_another_call(packets: Format) -> None:
-    # Rank 1 finds out at once. Rank 0 looks where a call of its own size would have put its packets, and waits.
+    # Rank 1 finds out at once. Rank 0 looks where a call of its own size would have its packets, and waits.
     ranks = cluster("exchange:2", "0", F32, budget_s=1.0)
     calls, results = [], []
     for length in (480, 960):
