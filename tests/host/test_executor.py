@@ -296,7 +296,7 @@ def with_delays(rank: int, num_calls: int) -> None:
 
 
 def test_thousands_of_calls_with_late_ranks() -> None:
-    run(with_delays, 4, 3000, timeout_s=120)
+    run(with_delays, 4, 2000, timeout_s=120)
 
 
 def resident_bytes(rank: int, num_calls: int) -> list[int]:
