@@ -2,10 +2,13 @@
 #include "emulation.h"
 
 #include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -103,6 +106,8 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr char kLeft = 0x5a;
+// A test's own limit cannot end it: signals wait for Python, and Python for the kernel.
+constexpr std::chrono::seconds kLongest(100);
 std::atomic<unsigned> num_late_stores;
 
 // What travels: puts are on their way for a while, overtake each other, and arrive in any order of words.
@@ -200,7 +205,13 @@ void run_block(const Launch& launch, unsigned x, Cluster& cluster) {
     cluster.shared[block.rank_in_cluster] = shared;
     cluster.num_begun++;
     while (cluster.num_begun < call.cluster) sched_yield();
+    const auto deadline = std::chrono::steady_clock::now() + kLongest;
     while (block.meeting.num_running > 0) {
+        if (std::chrono::steady_clock::now() > deadline) {
+            fprintf(stderr, "block %u of rank %u has not ended within %d s\n", x, launch.rank,
+                    int(kLongest.count()));
+            abort();
+        }
         // Warps in any order, so that no one is always the first.
         const unsigned num_warps = unsigned(block.warps.size()), first = random() % num_warps;
         for (unsigned w = 0; w < num_warps; w++) {
@@ -252,11 +263,12 @@ void put(char* to, const char* from, unsigned long long num_bytes, unsigned rank
 
 }  // namespace emulation
 
-// Every rank makes its calls in order, and is ahead of the others or behind as it happens; `calls` are those of
-// rank 0, of rank 1 and on. One without a kernel is left out. Ranks are grid rows. `heap` holds their symmetric
-// memory, `bytes_per_rank` after each other. Returns how many blocks' shared memory was written to too late.
+// Every rank makes its calls in order, and is ahead of the others or behind as it happens; `calls` are those
+// of rank 0, of rank 1 and on. One without a kernel is left out. Ranks are grid rows. `heap` holds their
+// symmetric memory, `bytes_per_rank` after each other. Returns how many blocks' shared memory was written to
+// too late.
 extern "C" unsigned emulate(const emulation::Call* calls, unsigned num_calls, unsigned num_ranks, char* heap,
-                        unsigned long long bytes_per_rank, unsigned seed) {
+                            unsigned long long bytes_per_rank, unsigned seed) {
     using namespace emulation;
     network.heap = heap;
     network.bytes_per_rank = bytes_per_rank;

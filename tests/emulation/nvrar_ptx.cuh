@@ -1,4 +1,5 @@
-// In the place of nvrar/gpu/csrc/ptx.cuh. What the protocol counts on, and nothing that a GPU gives beyond it.
+// In the place of nvrar/gpu/csrc/ptx.cuh. What the protocol counts on, and nothing that a GPU gives beyond
+// it.
 #pragma once
 
 #include <time.h>
