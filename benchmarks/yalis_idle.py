@@ -52,8 +52,8 @@ def events(profiler: Any) -> list[tuple[float, float, str]]:
 
 
 def report(batch_size: int, step_s: float, found: list[tuple[float, float, str]], top: int) -> None:
-    # The prompts come first: the last two thirds are decodes only.
-    begin = found[0][0] + (found[-1][1] - found[0][0]) / 3
+    # The prompts come first; the last steps are decodes only.
+    begin = found[-1][1] - step_s * 1e6 * OUTPUT_LEN * 2 / 3
     found = [event for event in found if event[0] >= begin]
     busy_us, gaps, end = 0.0, [], found[0][0]
     by_name: dict[str, list[float]] = defaultdict(list)

@@ -70,8 +70,11 @@ class Run:
         return max(self.first_token_s)
 
 
-def run(llm: LLM, workload: Workload, seed: int) -> Run:
-    """Serve the workload once, greedily and to its full lengths. `seed` draws the prompts' tokens.
+def run(llm: LLM, workload: Workload, seed: int | str) -> Run:
+    """Serve the workload once, greedily and to its full lengths.
+
+    `seed` and the lengths draw the prompts' tokens; a run before with both the same left them in the KV
+    cache.
 
     Collective under a launcher. Raises YalisError when a request ends before its length.
     """
@@ -118,8 +121,9 @@ def _require_full_length(output: RequestOutput) -> None:
         )
 
 
-def _requests(llm: LLM, workload: Workload, seed: int) -> list[Request]:
-    draw, vocab_size = random.Random(seed), llm.config.vocab_size
+def _requests(llm: LLM, workload: Workload, seed: int | str) -> list[Request]:
+    # With the lengths, so that a larger batch does not begin with the prompts of a smaller one.
+    draw, vocab_size = random.Random(f"{seed} {workload.lengths}"), llm.config.vocab_size
     return [
         Request(
             None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from yalis import LLM
+from yalis import LLM, bench
 from yalis.bench import Workload, percentile, run
 from yalis.cli import main
 from yalis.config import ModelConfig
+from yalis.core import Request
 from yalis.errors import ConfigError, YalisError
 from yalis.models.decoder import CausalLM
 from yalis.parallel.group import Placement, TensorParallel
@@ -64,6 +66,24 @@ def test_throughput_counts_what_was_asked(model: str, tmp_path: Path) -> None:
     assert row["tokens_per_s"] / row["requests_per_s"] == pytest.approx(15, rel=0.001)
     assert row["elapsed_s"] > 0
     assert row["all_reduce"] == "none"
+
+
+def test_no_run_begins_with_the_prompts_of_another(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[tuple[int, ...]] = []
+    make_requests = bench._requests
+
+    def recorded(*args: Any) -> list[Request]:
+        requests = make_requests(*args)
+        prompts.extend(request.token_ids for request in requests)
+        return requests
+
+    monkeypatch.setattr(bench, "_requests", recorded)
+    sizes = ["--batch-size", "1", "--batch-size", "2", "--prompt-len", "40", "--output-len", "2"]
+    assert main(["bench", "latency", model, *sizes, "--iterations", "3", "--memory-gbps", "1"]) == 0
+    assert len(prompts) == 4 * (1 + 2)
+    assert len({prompt[:16] for prompt in prompts}) == len(prompts)
 
 
 def test_a_run_takes_every_step_once(model: str) -> None:

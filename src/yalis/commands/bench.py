@@ -192,7 +192,8 @@ def _in_turns(
         for name in runs:
             if has_others and name != llm.options.all_reduce:
                 llm.use_all_reduce(name)
-            done = run(llm, workload, seed=args.seed + turn)
+            # Prompts of its own for each: one seen before would cost nothing.
+            done = run(llm, workload, seed=f"{args.seed} {name} {turn}")
             if turn >= 0:
                 runs[name].append(done)
     yield from runs.items()
