@@ -157,7 +157,6 @@ class Variant:
     """Who multiplies, and how."""
 
     product: str = "ours"  # or "cublas", "invariant"
-    early: int = 0
     tile: Tile | None = None
     in_triton: bool = False  # decode attention
     turns: bool = True  # and stores on the way, where decode attention is not in Triton
@@ -186,9 +185,7 @@ class Variant:
         return multiply_few_rows(x, weight, is_gated=True, tile=tile)
 
     def _tile(self, x: Tensor) -> Tile | None:
-        if x.shape[0] > few_rows.MOST_ROWS or not (self.early or self.tile):
-            return None
-        return replace(self.tile or few_rows.choose_tile(x.shape[0]), num_early=self.early)
+        return self.tile if x.shape[0] <= few_rows.MOST_ROWS else None
 
 
 class Model:
@@ -228,12 +225,13 @@ class Model:
             batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE
         )
         self.x = random(batch, shape.hidden)
+        self.rows = torch.arange(batch, device=DEVICE)
 
     def step(self, variant: Variant = Variant(), *, attends: bool = True) -> Tensor:
         shape = self.shape
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         plan_decode(self.starts, self.lens, self.workspace)
-        residual = self.x
+        residual = F.embedding(self.rows, self.x)
         x = rms_norm(residual, self.norm, 1e-5)
         for layer, cache in zip(self.layers, self.caches, strict=True):
             qkv = variant.linear(x, layer["qkv"])
@@ -283,9 +281,6 @@ def steps(m: Model) -> Iterator[str]:
         "ours": Variant(),
         "turned apart": Variant(turns=False),
         "invariant": Variant("invariant", turns=False),
-        "early 16": Variant(early=16),
-        "early 64": Variant(early=64),
-        "early 999": Variant(early=999),
         "triton attention": Variant(in_triton=True),
         "2 stages": Variant(in_triton=True, stages=2),
     }
@@ -300,8 +295,6 @@ def steps(m: Model) -> Iterator[str]:
         error = ((base[batch] - other).abs().max() / other.abs().max()).item()
         row = {}
         for name, variant in variants.items():
-            if batch > few_rows.MOST_ROWS and name.startswith("early"):
-                continue
             row[name] = time_us([lambda v=variant: m.step(v)])
         row["no attention"] = time_us([lambda: m.step(attends=False)])
         row["no pdl"] = without_pdl(lambda: time_us([m.step]))
@@ -342,10 +335,10 @@ def preferring_shared(call: Callable[[], float]) -> float:
 # --- products
 
 TILES = {
-    1: [Tile(1, 1, 12), Tile(1, 4, 3), Tile(1, 2, 3), Tile(1, 2, 12), Tile(2, 1, 6), Tile(4, 1, 3)],
-    4: [Tile(1, 2, 5), Tile(2, 2, 2), Tile(4, 1, 2)],
-    8: [Tile(1, 2, 4), Tile(2, 2, 2), Tile(4, 1, 2), Tile(2, 1, 8)],
-    16: [Tile(1, 1, 6), Tile(2, 1, 6), Tile(4, 1, 2)],
+    1: [Tile(1, 6), Tile(1, 8), Tile(2, 5)],
+    4: [Tile(1, 9), Tile(2, 3), Tile(2, 4)],
+    8: [Tile(1, 7), Tile(2, 3), Tile(4, 2)],
+    16: [Tile(1, 5), Tile(2, 3), Tile(4, 2)],
 }
 
 
@@ -367,7 +360,7 @@ def products() -> Iterator[str]:
                 "cublas": lambda w: F.linear(x, w),
                 **{
                     show(tile): lambda w, t=tile: multiply_few_rows(x, w, is_gated=is_gated, tile=t)
-                    for tile in (usual, *tiles, replace(usual, num_early=999))
+                    for tile in (usual, *tiles)
                 },
             }
             triton = invariant_linear.linear_silu_and_mul if is_gated else invariant_linear.linear
@@ -381,8 +374,7 @@ def products() -> Iterator[str]:
 
 
 def show(tile: Tile) -> str:
-    early = "e" if tile.num_early else ""
-    return f"{tile.num_tiles}.{tile.num_steps}.{tile.depth}{early}"
+    return f"{tile.num_tiles}.{tile.depth}"
 
 
 # --- attention and what is between
@@ -421,9 +413,18 @@ def decodes() -> Iterator[str]:
     Stages 0 is the kernel in CUDA C++.
     """
     before = decode._TILE
-    for batch, context in [(1, 256), (1, 4096), (32, 256), (32, 2048)]:
+    for batch, context in [
+        (1, 256),
+        (1, 4096),
+        (1, 131072),
+        (8, 2048),
+        (16, 1024),
+        (32, 256),
+        (32, 2048),
+        (256, 384),
+    ]:
         cells = []
-        for split, tile in ((64, 64), (128, 64), (256, 64), (256, 128), (512, 64), (1024, 64)):
+        for split, tile in ((256, 64), (256, 128), (512, 64), (1024, 64)):
             decode._TILE = tile
             calls, num_bytes = attention_call(batch, context, LLAMA_8B, split)
             us = time_us([lambda c=c: c(None, 0) for c in calls], 5)

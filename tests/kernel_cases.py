@@ -15,7 +15,7 @@ import kernel_reference as reference
 from yalis.kernels.activation import silu_and_mul
 from yalis.kernels.decode_attention import can_turn, decode_attention
 from yalis.kernels.decode_splits import SPLIT, DecodeWorkspace, plan_decode
-from yalis.kernels.few_rows import multiply_few_rows, takes
+from yalis.kernels.few_rows import counter, multiply_few_rows, takes
 from yalis.kernels.invariant_linear import linear, linear_silu_and_mul
 from yalis.kernels.norm import add_rms_norm, rms_norm
 from yalis.kernels.prefill_attention import prefill_attention
@@ -114,9 +114,10 @@ def products(device: torch.device, dtype: torch.dtype) -> None:
 def few_rows(device: torch.device, dtype: torch.dtype) -> None:
     """CUDA C++."""
     sizes = [(1, 8), (48, 512), (74, 1000), (331, 1000), (2048, 4096), (130, 14336), (1056, 128)]
+    sizes.append((40000, 2048))  # with passes to ask for
     counts = (1, 2, 3, 4, 7, 8, 13, 16)
     if device.type == "cpu":  # an emulation takes its time
-        sizes, counts = sizes[:3], (1, 3, 13)
+        sizes, counts = [*sizes[:3], (700, 512)], (1, 3, 13)
     for num_out, num_in in sizes:
         x = random(16, num_in + 8, device=device, dtype=dtype)[:, :num_in]  # strided rows
         weight = random(num_out, num_in, device=device, dtype=dtype, seed=1) / num_in**0.5
@@ -132,6 +133,7 @@ def few_rows(device: torch.device, dtype: torch.dtype) -> None:
             if num_out % 2 == 0:
                 gated = multiply_few_rows(part, weight, is_gated=True)
                 near(gated, reference.silu_and_mul(product), units=4)
+    assert not counter(device).any()
     assert multiply_few_rows(x[:1], weight[:0]).shape == (1, 0)
     assert not takes(torch.cat((x, x)), weight)
     assert not takes(x[:, 1:], weight[:, 1:])

@@ -116,6 +116,12 @@ template <class T>
 T atomicAdd(T* address, T value) {
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+    unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(address, &old, old >= most ? 0 : old + 1, false, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {}
+    return old;
+}
 template <class T>
 T atomicExch(T* address, T value) {
     return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);

@@ -90,9 +90,6 @@ inline void store_global(char* to, const Vector& v) {
 inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
 inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
 
-inline void fetch_into_l2(const char* from, u32 num_bytes) {
-    require(reinterpret_cast<u64>(from) % 16 == 0 && num_bytes % 16 == 0);
-}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 

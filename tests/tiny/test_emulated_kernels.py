@@ -52,6 +52,8 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "can_run", lambda device: True)
         monkeypatch.setattr(module, "arch_of", lambda device: "none")
         monkeypatch.setattr(module, "num_processors", lambda device: 3)
+    monkeypatch.setattr(few_rows, "stream_of", lambda device: 0)
+    monkeypatch.setattr(decode_attention, "_is_small", lambda *_: True)
     # Of bfloat16 Triton's interpreter knows nothing.
     monkeypatch.setattr(kernel_cases, "rotate_and_store", kernel_reference.rotate_and_store)
 

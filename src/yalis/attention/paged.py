@@ -100,7 +100,10 @@ class PagedStep:
             self._attend_one_by_one(q, keys, values, out, scale, layer.window)
             return out
         # A chunk of one token is a decode to the kernels: where there are chunks, both are asked.
-        decode_attention(q, *where, self.workspace, out, scale=scale, window=layer.window)
+        decode_attention(
+            q, *where, self.workspace, out, scale=scale, window=layer.window,
+            in_triton=True if self.is_batch_invariant else None,
+        )  # fmt: skip
         if at.max_query_len > 1:
             prefill_attention(q, *where, out, scale=scale, window=layer.window)
         return out
@@ -121,6 +124,6 @@ class PagedStep:
             plan_decode(at.query_starts, at.seq_lens, self.workspace)
             decode_attention(
                 q[rows], keys, values, at.block_tables, at.query_starts, at.seq_lens, self.workspace,
-                out[rows], scale=scale, window=window,
+                out[rows], scale=scale, window=window, in_triton=True,
             )  # fmt: skip
             first = rows.stop

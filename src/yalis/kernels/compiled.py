@@ -57,10 +57,14 @@ def launch(
 ) -> None:
     """Launch `num_blocks x num_rows` blocks on the current stream. Capturable after the first time."""
     function = _load(spec, device.index or 0)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    config = _config(function, num_blocks, num_rows, stream, spec.shared_bytes)
+    config = _config(function, num_blocks, num_rows, stream_of(device), spec.shared_bytes)
     pointer = ctypes.c_void_p(ctypes.addressof(args))
     function.launch(config, ctypes.addressof(pointer))
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the current stream."""
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def can_run(device: torch.device) -> bool:
@@ -82,6 +86,8 @@ def arch_of(device: torch.device) -> str:
 
 @lru_cache
 def num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

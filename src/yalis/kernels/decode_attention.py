@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from yalis.kernels import warp_attention
+from yalis.kernels.compiled import num_processors
 from yalis.kernels.decode_splits import EVERYTHING, DecodeWorkspace, split_length
 from yalis.kernels.launch import begin, launch_options, wait
 from yalis.kernels.warp_attention import NewTokens
@@ -37,7 +38,7 @@ def decode_attention(
     new: NewTokens | None = None,
     num_programs: int | None = None,
     num_stages: int = 3,
-    in_triton: bool = False,
+    in_triton: bool | None = None,
 ) -> None:
     """Write out for every sequence that has one new token, the last of its context; leave other rows alone.
 
@@ -47,10 +48,12 @@ def decode_attention(
     seq_lens `[num_seqs]` int32: its context with the new token, 0 for a sequence that is padding.
     `window` is one of the workspace's. `plan_decode` comes before, on the same stream. Capturable.
     With `new`, which `can_turn` must let pass, q is turned on the way, `new.k` turned and stored, and `new.v`
-    stored; every sequence then has one new token. `in_triton` asks for the kernel below even where
-    `warp_attention` has a faster one.
+    stored; every sequence then has one new token. `in_triton` asks for the kernel below or for that of
+    `warp_attention`; None for the faster one, which follows from the number of sequences.
     """
     split_starts = workspace.split_starts[window]
+    if in_triton is None:
+        in_triton = not _is_small(seq_lens.shape[0], key_cache)
     if not in_triton and warp_attention.takes(q, key_cache, value_cache):
         warp_attention.attend(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
@@ -80,16 +83,27 @@ def decode_attention(
 
 
 def can_turn(q: Tensor, key_cache: Tensor, value_cache: Tensor, new: NewTokens) -> bool:
-    """Whether `decode_attention` can do what `rotate_and_store` does, without norms of heads, on the way."""
-    return warp_attention.takes(q, key_cache, value_cache) and warp_attention.takes_new(new)
+    """Whether `decode_attention` does what `rotate_and_store` does, without norms of heads, on the way.
+
+    q has a row for each sequence.
+    """
+    return (
+        _is_small(q.shape[0], key_cache)
+        and warp_attention.takes(q, key_cache, value_cache)
+        and warp_attention.takes_new(new)
+    )
+
+
+def _is_small(num_seqs: int, key_cache: Tensor) -> bool:
+    """Whether short contexts of so many sequences leave multiprocessors free: latency counts."""
+    return 2 * num_seqs * key_cache.shape[2] <= num_processors(key_cache.device)
 
 
 def _num_programs(device: torch.device, num_kv_heads: int) -> int:
     """How many programs share the splits of one key-value head: two for every multiprocessor in all."""
     if device.type != "cuda":
         return 4
-    num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return -(-2 * num_processors // num_kv_heads)
+    return -(-2 * num_processors(device) // num_kv_heads)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window", "table_stride", "table_width"])

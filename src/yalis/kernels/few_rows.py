@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ from yalis.kernels.compiled import (
     can_run,
     launch,
     num_processors,
+    stream_of,
 )
 
 MOST_ROWS = 16
 _NUM_WARPS = NUM_THREADS // 32
-# Two blocks and a kilobyte for each share the 228 KB of a multiprocessor, with room for a small kernel.
-_SHARED_BYTES = 104 << 10
+_ITEM, _CHUNK = 64, 128  # inputs that a warp fetches at once, and then takes before the next warp's
+_NUM_ANSWERS = 16
+# Of a multiprocessor's 228 KB; a block takes a kilobyte itself, and the attention beside it some more.
+_SHARED_BYTES = 190 << 10
+_GIVEN = 0.85  # of the passes
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,7 @@ class Tile:
     """How a block works. The bits of the result do not depend on it."""
 
     num_tiles: int  # of 16 rows of W, which share what is read of x
-    num_steps: int  # of 32 inputs, that a warp fetches at a time; 1, 2 or 4
-    depth: int  # how many of them are on their way
-    num_early: int = 0  # outputs of a block whose weights go to the L2 cache meanwhile
+    depth: int  # items, of 64 inputs, that a warp has on their way
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,18 @@ class Spec:
     dtype: torch.dtype
     num_rows: int  # of x that there is room for
     num_tiles: int
-    num_steps: int
     depth: int
     is_gated: bool
     arch: str
 
     @property
     def shared_bytes(self) -> int:
-        queues = self.depth * _item_bytes(self.num_rows, self.num_tiles, self.num_steps)
-        return _NUM_WARPS * queues + _sum_bytes(self.num_rows, self.num_tiles)
+        queues = self.depth * _item_bytes(self.num_rows, self.num_tiles)
+        return _NUM_WARPS * queues + _rest_bytes(self.num_rows, self.num_tiles)
 
     def source(self) -> str:
         """The translation unit: the few lines that instantiate the kernel."""
-        numbers = ", ".join(map(str, (self.num_rows, self.num_tiles, self.num_steps, self.depth)))
+        numbers = ", ".join(map(str, (self.num_rows, self.num_tiles, self.depth)))
         gated = str(self.is_gated).lower()
         return "\n".join(
             [
@@ -67,7 +69,8 @@ class Spec:
                 f"using Kernel = yalis::FewRows<yalis::{NUMBERS[self.dtype]}, {numbers}, {gated}>;",
                 f"static_assert(sizeof(yalis::Args) == {ctypes.sizeof(_Args)} && "
                 f'Kernel::kSharedBytes == {self.shared_bytes}, "kernels/few_rows.py counts differently");',
-                f'extern "C" __global__ void __launch_bounds__({NUM_THREADS}, 2)',
+                # With no more, the attention after it is ready on its multiprocessor when it ends.
+                'extern "C" __global__ void __maxnreg__(64)',
                 f"{ENTRY}(const __grid_constant__ yalis::Args args) {{",
                 "    extern __shared__ __align__(16) char shared[];",
                 "    Kernel(args, shared).run();",
@@ -87,10 +90,13 @@ class _Args(ctypes.Structure):
         ("out", ctypes.c_uint64),
         ("x_stride", ctypes.c_uint64),
         ("weight_stride", ctypes.c_uint64),
+        ("counter", ctypes.c_uint64),
         ("num_rows", ctypes.c_uint32),
         ("num_in", ctypes.c_uint32),
         ("num_out", ctypes.c_uint32),
-        ("num_early", ctypes.c_uint32),
+        ("num_given", ctypes.c_uint32),
+        ("num_ahead", ctypes.c_uint32),
+        ("nothing", ctypes.c_uint32),
     )
 
 
@@ -137,6 +143,8 @@ def multiply_few_rows(
         return out
     num_blocks = min(num_processors(x.device), num_results)
     tile = tile or choose_tile(num_rows)
+    num_passes = -(-num_out // (16 * tile.num_tiles))
+    num_given, num_ahead = divide(num_passes, num_blocks, num_in, tile.depth)
     spec = spec_of(x.dtype, num_rows, tile, is_gated=is_gated, arch=arch_of(x.device))
     args = _Args(
         x.data_ptr(),
@@ -145,33 +153,53 @@ def multiply_few_rows(
         out.data_ptr(),
         2 * x.stride(0),
         2 * weight.stride(0),
+        counter(x.device).data_ptr(),
         num_rows,
         num_in,
         num_out,
-        tile.num_early,
+        num_given,
+        num_ahead,
     )
     launch(spec, args, x.device, num_blocks)
     return out
 
 
+def divide(num_passes: int, num_blocks: int, num_in: int, depth: int) -> tuple[int, int]:
+    """`num_given` and `num_ahead` of csrc/few_rows.cuh."""
+    items_each = max(num_in // (_CHUNK * _NUM_WARPS), 1) * (_CHUNK // _ITEM)  # of a warp, at least
+    num_ahead = 2 + depth // items_each
+    num_given = int(_GIVEN * num_passes / num_blocks)
+    return (num_given, num_ahead) if num_ahead <= min(num_given, _NUM_ANSWERS - 1) else (0, 0)
+
+
+def counter(device: torch.device) -> Tensor:
+    """Of the kernels of the current stream, which run one after the other. Zero between launches."""
+    return _counter(device, stream_of(device))
+
+
+@lru_cache(maxsize=64)
+def _counter(device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def spec_of(dtype: torch.dtype, num_rows: int, tile: Tile, *, is_gated: bool, arch: str) -> Spec:
     """The kernel that a product with so many rows and this tile needs."""
     room = 1 << (num_rows - 1).bit_length()
-    return Spec(dtype, room, tile.num_tiles, tile.num_steps, tile.depth, is_gated, arch)
+    return Spec(dtype, room, tile.num_tiles, tile.depth, is_gated, arch)
 
 
 def choose_tile(num_rows: int) -> Tile:
     """The tile for so many rows of x."""
     room = 1 << (num_rows - 1).bit_length()
     # All of x is read for each pass over a tile's outputs: with more rows of it, passes should be few.
-    num_tiles, num_steps = (1, 2) if room <= 2 else (2, 1)
-    item = _NUM_WARPS * _item_bytes(room, num_tiles, num_steps)
-    return Tile(num_tiles, num_steps, (_SHARED_BYTES - _sum_bytes(room, num_tiles)) // item)
+    num_tiles = 1 if room <= 2 else 2
+    item = _NUM_WARPS * _item_bytes(room, num_tiles)
+    return Tile(num_tiles, (_SHARED_BYTES - _rest_bytes(room, num_tiles)) // item)
 
 
-def _item_bytes(num_rows: int, num_tiles: int, num_steps: int) -> int:
-    return num_steps * (1024 * num_tiles + 64 * num_rows)
+def _item_bytes(num_rows: int, num_tiles: int) -> int:
+    return 2 * _ITEM * (16 * num_tiles + num_rows)
 
 
-def _sum_bytes(num_rows: int, num_tiles: int) -> int:
-    return _NUM_WARPS * num_rows * num_tiles * 16 * 4
+def _rest_bytes(num_rows: int, num_tiles: int) -> int:
+    return 4 * (_NUM_WARPS * num_rows * num_tiles * 16 + _NUM_ANSWERS)

@@ -5,6 +5,10 @@
 // and values go from memory straight into fragments of the tensor core, all of a warp's at once. As in
 // few_rows.cuh a thread takes 8 neighbouring dimensions, of queries as of keys, which permutes the terms of a
 // sum; of values it takes them for two neighbouring tokens, which permutes the rows of the result.
+//
+// With kTurns the tokens in the cache are of earlier steps: the first of them are fetched while the kernel
+// before still runs, which brings the new token. Between `plan_decode` and this kernel there is an ordinary
+// launch, so that by now the plan is to be seen too.
 #pragma once
 
 #include "numbers.cuh"
@@ -90,72 +94,111 @@ struct DecodeAttention {
         return length;
     }
 
-    void turn(Vector (&vector)[kSteps]) const {
+    // Of the new token's place.
+    Angles<kSteps> angles() const {
+        Angles<kSteps> of;
         const u64 at = shared.row * args.angle_stride + member * 16;
-        yalis::turn<Number>(vector, args.cos + at, args.sin + at);
+        of.load(args.cos + at, args.sin + at);
+        return of;
     }
 
-    // The new token's key is turned and, like its value, stored, by the threads that have them.
-    void add_new(Vector (&key)[4][kSteps], const Vector (&value)[2][kHalves][4], u32 token, u32 slot) const {
+    // What a warp has of 32 tokens: of keys all of `tile * 8 + group`, of values four in each 16.
+    struct Tokens {
+        Vector key[4][kSteps];
+        Vector value[2][kHalves][4];
+        u32 slot;  // of token `lane`
+    };
+    static u32 value_token(int pair, u32 member, int i) { return pair * 16 + member * 2 + i % 2 + i / 2 * 8; }
+
+    // From the cache, where the new token is not yet with kTurns.
+    void load(Tokens& tokens, u32 base, u32 end) const {
+        if (kTurns) end = min(end, shared.len - 1);
+        const int* table = args.block_tables + shared.seq * args.table_stride;
+        const u32 mine = base + lane;
+        // Of the new token too, to store it.
+        const bool has_place = mine < shared.len;
+        tokens.slot =
+            has_place ? load_int(table + mine / args.block_size) * args.block_size + mine % args.block_size
+                      : 0;
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
-            if (token != tile * 8 + group) continue;
-            turn(key[tile]);
+            const u32 token = tile * 8 + group;
+            const char* from = args.keys + place(__shfl_sync(0xffffffff, tokens.slot, token)) + member * 16;
 #pragma unroll
-            for (int step = 0; step < kSteps; step++)
-                store_global(args.keys + place(slot) + step * 64 + member * 16, key[tile][step]);
+            for (int step = 0; step < kSteps; step++) {
+                tokens.key[tile][step] = {};
+                if (base + token < end) tokens.key[tile][step] = load_global(from + step * 64);
+            }
         }
 #pragma unroll
         for (int pair = 0; pair < 2; pair++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (token != pair * 16 + member * 2 + i % 2 + i / 2 * 8) continue;
+                const u32 token = value_token(pair, member, i);
+                const char* from =
+                    args.values + place(__shfl_sync(0xffffffff, tokens.slot, token)) + group * 16;
 #pragma unroll
-                for (int half = 0; half < kHalves; half++)
-                    store_global(args.values + place(slot) + half * 128 + group * 16, value[pair][half][i]);
+                for (int half = 0; half < kHalves; half++) {
+                    tokens.value[pair][half][i] = {};
+                    if (base + token < end) tokens.value[pair][half][i] = load_global(from + half * 128);
+                }
             }
     }
 
-    // One warp's tokens of a split, into its part of `shared`.
-    void attend(Vector (&q)[kSteps], u32 begin, u32 end) const {
-        float all_peak = -infinity(), all_norm = 0;  // of head `group`
-        const int* table = args.block_tables + shared.seq * args.table_stride;
-        const u32 last = shared.len - 1;
-        const u64 new_row = shared.row * args.new_stride + kv_head * kHeadDim * 2;
-        const char *new_key = args.new_keys + new_row, *new_value = args.new_values + new_row;
-        for (u32 base = begin + warp * kTokens; base < end; base += kRound) {
-            const u32 mine = base + lane;
-            const u32 slot =
-                mine < end ? table[mine / args.block_size] * args.block_size + mine % args.block_size : 0;
-            Vector key[4][kSteps] = {};
+    // The new token, if it is among a warp's: in two moves, so that nothing waits between the loads.
+    u32 new_token(u32 base) const { return shared.len - 1 - base; }
+    void load_new(Tokens& tokens, u32 base) const {
+        const u64 row = shared.row * args.new_stride + kv_head * kHeadDim * 2;
 #pragma unroll
-            for (int tile = 0; tile < 4; tile++) {
-                const u32 token = tile * 8 + group;
-                const char* from = args.keys + place(__shfl_sync(0xffffffff, slot, token));
-                if (kTurns && base + token == last) from = new_key;
-                from += member * 16;
-                if (base + token < end)
+        for (int tile = 0; tile < 4; tile++)
+            if (new_token(base) == tile * 8 + group)
 #pragma unroll
-                    for (int step = 0; step < kSteps; step++) key[tile][step] = load_global(from + step * 64);
+                for (int step = 0; step < kSteps; step++)
+                    tokens.key[tile][step] = load_global(args.new_keys + row + step * 64 + member * 16);
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (new_token(base) == value_token(pair, member, i))
+#pragma unroll
+                    for (int half = 0; half < kHalves; half++)
+                        tokens.value[pair][half][i] =
+                            load_global(args.new_values + row + half * 128 + group * 16);
+    }
+    void store_new(Tokens& tokens, u32 base, const Angles<kSteps>& angles) const {
+        if (new_token(base) >= kTokens) return;
+        const u64 at = place(__shfl_sync(0xffffffff, tokens.slot, new_token(base)));
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++)
+            if (new_token(base) == tile * 8 + group) {
+                turn<Number>(tokens.key[tile], angles);
+#pragma unroll
+                for (int step = 0; step < kSteps; step++)
+                    store_global(args.keys + at + step * 64 + member * 16, tokens.key[tile][step]);
             }
-            Vector value[2][kHalves][4] = {};  // 16 tokens, of which a thread has four
 #pragma unroll
-            for (int pair = 0; pair < 2; pair++)
+        for (int pair = 0; pair < 2; pair++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const u32 token = pair * 16 + member * 2 + i % 2 + i / 2 * 8;
-                    const char* from = args.values + place(__shfl_sync(0xffffffff, slot, token));
-                    if (kTurns && base + token == last) from = new_value;
-                    from += group * 16;
-                    if (base + token < end)
+            for (int i = 0; i < 4; i++)
+                if (new_token(base) == value_token(pair, member, i))
 #pragma unroll
-                        for (int half = 0; half < kHalves; half++)
-                            value[pair][half][i] = load_global(from + half * 128);
+                    for (int half = 0; half < kHalves; half++)
+                        store_global(args.values + at + half * 128 + group * 16, tokens.value[pair][half][i]);
+    }
+
+    // One warp's tokens of a split, of which it has the first, into its part of `shared`.
+    void attend(const Vector (&q)[kSteps], Tokens& tokens, u32 begin, u32 end) const {
+        float all_peak = -infinity(), all_norm = 0;  // of head `group`
+        for (u32 base = begin + warp * kTokens; base < end; base += kRound) {
+            if (base >= begin + kRound) {
+                load(tokens, base, end);
+                if (kTurns && new_token(base) < kTokens) {
+                    load_new(tokens, base);
+                    store_new(tokens, base, angles());
                 }
-            // Now that all is on its way.
-            if (kTurns && base == begin + warp * kTokens) turn(q);
-            if (kTurns && last - base < kTokens)
-                add_new(key, value, last - base, __shfl_sync(0xffffffff, slot, last - base));
+            }
+            const auto& key = tokens.key;
+            const auto& value = tokens.value;
 
             float score[4][4] = {};
             float peak = all_peak;
@@ -286,7 +329,8 @@ struct DecodeAttention {
 
     void run() const {
         let_next_start();
-        wait_for_previous();
+        if (!kTurns) wait_for_previous();
+        bool is_first = kTurns;
         const Sequence mine = sequence(threadIdx.x);  // read at once with the next, not after it
         const int num_all_splits = load_int(args.split_starts + args.num_seqs);
         for (int split = blockIdx.y; split < num_all_splits; split += gridDim.y) {
@@ -294,6 +338,10 @@ struct DecodeAttention {
             const u32 num_seen = min(shared.len, args.window), length = split_length(num_seen);
             const u32 begin = shared.len - num_seen + (split - shared.first_split) * length;
             const u32 end = min(begin + length, shared.len);
+            Tokens tokens;
+            load(tokens, begin + warp * kTokens, end);
+            if (is_first) wait_for_previous();
+            is_first = false;
             const char* from =
                 args.q + shared.row * args.q_stride + (kv_head * kGroup + group) * kHeadDim * 2;
             Vector q[kSteps] = {};
@@ -301,12 +349,20 @@ struct DecodeAttention {
 #pragma unroll
                 for (int step = 0; step < kSteps; step++)
                     q[step] = load_global(from + step * 64 + member * 16);
-            attend(q, begin, end);
+            if (kTurns) {
+                const u32 base = begin + warp * kTokens;
+                load_new(tokens, base);
+                const Angles<kSteps> here = angles();
+                turn<Number>(q, here);
+                store_new(tokens, base, here);
+            }
+            attend(q, tokens, begin, end);
             __syncthreads();
             merge_warps(split);
             if (shared.num_splits > 1 && is_last()) merge_splits();
             __syncthreads();  // before another split is found
         }
+        if (is_first) wait_for_previous();
     }
 };
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x W^T for a few rows of x, bound by reading W.
 //
-// A block computes a run of consecutive outputs, 16 * kTiles in a pass, on tensor cores: W is their 16 rows,
-// x their 8 columns. Its warps take turns at chunks of 128 inputs and add their shares at the end of a pass,
-// in order: the sum of an output is the same whatever the grid, the tile, and the rows of x beside it.
+// A block computes 16 * kTiles outputs in a pass, on tensor cores: W is their 16 rows, x their 8 columns. Its
+// warps take turns at chunks of 128 inputs and add their shares at the end of a pass, in order: the sum of an
+// output is the same whatever the grid, the tile, and the rows of x beside it. Multiprocessors do not read
+// equally fast: where there are many passes, a block has some to begin with and asks for each of the others.
 //
 // W comes through one queue in shared memory for each thread: it copies just what it will read itself, so
 // nothing is to agree on. A fragment of the tensor core is 2 x 2 neighbouring inputs; a thread takes 8
@@ -17,7 +18,10 @@ namespace yalis {
 
 constexpr int kWarps = 8;
 constexpr int kStep = 32;       // inputs that a warp multiplies at once: 8 for each of 4 threads
-constexpr int kChunkSteps = 4;  // steps of a chunk: 256 neighbouring bytes of a row
+constexpr int kSteps = 2;       // of an item, which a warp fetches at once
+constexpr int kChunkItems = 2;  // then the next warp's begin: 256 neighbouring bytes of a row
+constexpr u32 kChunk = kStep * kSteps * kChunkItems;
+constexpr u32 kAnswers = 16;  // that are kept
 
 struct Args {
     const char* x;
@@ -25,14 +29,15 @@ struct Args {
     const u16* bias;  // or null
     u16* out;
     u64 x_stride, weight_stride;  // bytes
+    u32* counter;                 // how often blocks have asked; zero between launches
     u32 num_rows, num_in, num_out;
-    u32 num_early;  // outputs of a block to fetch into the L2 cache while the kernel before still runs
+    u32 num_given;  // passes that a block has without asking; or 0: all, and each the same number of outputs
+    u32 num_ahead;  // passes before one when it is asked for: at least one more than queues reach
 };
 
 // Number: Float16 or BFloat16. kRows: rows of x that there is room for. kTiles: tiles of 16 rows of W.
-// kSteps: steps of an item. kDepth: items in a queue. kGated: half of a tile's rows are gates, half their
-// ups.
-template <class Number, int kRows, int kTiles, int kSteps, int kDepth, bool kGated>
+// kDepth: items in a queue. kGated: half of a tile's rows are gates, half their ups.
+template <class Number, int kRows, int kTiles, int kDepth, bool kGated>
 struct FewRows {
     static constexpr int kColumns = (kRows + 7) / 8;  // tensor core tiles of x
     static constexpr int kTileOutputs = kGated ? 8 : 16;
@@ -41,30 +46,33 @@ struct FewRows {
     static constexpr int kItemBytes = kWeightBytes + kRows * kSteps * 64;
     static constexpr int kQueueBytes = kWarps * kDepth * kItemBytes;
     static constexpr int kSumBytes = kWarps * kRows * kTiles * 16 * 4;
-    static constexpr int kSharedBytes = kQueueBytes + kSumBytes;
-    static_assert(kChunkSteps % kSteps == 0);
+    static constexpr int kSharedBytes = kQueueBytes + kSumBytes + kAnswers * 4;
 
-    // Where a queue's next item begins: outputs of a pass, and inputs.
+    // Where a queue's next item begins: a pass and its first output, and inputs.
     struct Cursor {
-        u32 output, chunk, part;
+        u32 pass, output, chunk, part;
     };
 
     const Args& args;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 group = lane / 4, member = lane % 4;
-    const u32 begin, end;  // outputs of this block
+    const u32 begin, end;  // outputs, which are all this block's if it does not ask
     u32 num_chunks;
     u32 queue;  // this thread's 16 bytes of the first item
     u32 x_queue;
     float* sums;
+    u32* answers;
     u64 policy;
 
     FewRows(const Args& args, char* shared)
         : args(args),
-          begin(u32(u64(num_outputs(args)) * blockIdx.x / gridDim.x)),
-          end(u32(u64(num_outputs(args)) * (blockIdx.x + 1) / gridDim.x)),
-          num_chunks((args.num_in + kStep * kChunkSteps - 1) / (kStep * kChunkSteps)),
-          sums(reinterpret_cast<float*>(shared + kQueueBytes)) {
+          begin(args.num_given ? blockIdx.x * args.num_given * kPassOutputs
+                               : u32(u64(num_outputs(args)) * blockIdx.x / gridDim.x)),
+          end(args.num_given ? num_outputs(args)
+                             : u32(u64(num_outputs(args)) * (blockIdx.x + 1) / gridDim.x)),
+          num_chunks((args.num_in + kChunk - 1) / kChunk),
+          sums(reinterpret_cast<float*>(shared + kQueueBytes)),
+          answers(reinterpret_cast<u32*>(shared + kQueueBytes + kSumBytes)) {
         const u32 base = u32(__cvta_generic_to_shared(shared)) + warp * kDepth * kItemBytes;
         queue = base + lane * 16;
         x_queue = base + kWeightBytes + group * 64 + member * 16;
@@ -73,20 +81,25 @@ struct FewRows {
 
     static u32 num_outputs(const Args& args) { return kGated ? args.num_out / 2 : args.num_out; }
 
-    Cursor first() const { return {begin, warp, 0}; }
+    u32 output_of(u32 pass) const {
+        if (args.num_given && pass >= args.num_given) return answers[pass % kAnswers];
+        return begin + pass * kPassOutputs;
+    }
+    Cursor first() const { return {0, begin, warp, 0}; }
     bool is_end(const Cursor& at) const { return at.output >= end || warp >= num_chunks; }
 
     void advance(Cursor& at) const {
-        if (++at.part < kChunkSteps / kSteps) return;
+        if (++at.part < kChunkItems) return;
         at.part = 0;
         at.chunk += kWarps;
         if (at.chunk < num_chunks) return;
+        if (is_end(at)) return;
         at.chunk = warp;
-        at.output += kPassOutputs;
+        at.output = output_of(++at.pass);
     }
 
     u32 first_input(const Cursor& at) const {
-        return (at.chunk * kChunkSteps + at.part * kSteps) * kStep + member * 8;
+        return at.chunk * kChunk + at.part * kSteps * kStep + member * 8;
     }
 
     void fetch_weights(const Cursor& at, u32 slot) const {
@@ -97,7 +110,7 @@ struct FewRows {
             for (int half = 0; half < 2; half++) {
                 u32 output = at.output + tile * kTileOutputs + group;
                 if (!kGated) output += half * 8;
-                const u32 row = (output < end ? output : begin) + (kGated ? half * num_outputs(args) : 0);
+                const u32 row = (output < end ? output : 0) + (kGated ? half * num_outputs(args) : 0);
                 const char* from = args.weight + row * args.weight_stride;
 #pragma unroll
                 for (int step = 0; step < kSteps; step++) {
@@ -123,16 +136,6 @@ struct FewRows {
                 copy_16_bytes(x_queue + slot * kItemBytes + (step * kRows + column * 8) * 64,
                               args.x + (is_there ? row * args.x_stride + k * 2 : 0), is_there);
             }
-        }
-    }
-
-    // Rows after the first pass, on their way to the L2 cache while memory would be idle.
-    void fetch_early() const {
-        const u32 first_row = min(begin + kPassOutputs, end);
-        const u32 num_rows = min(args.num_early, end - first_row);
-        for (u32 i = threadIdx.x; i < num_rows * (kGated ? 2 : 1); i += kWarps * 32) {
-            const u32 row = first_row + i % num_rows + (i < num_rows ? 0 : num_outputs(args));
-            fetch_into_l2(args.weight + row * args.weight_stride, args.num_in * 2);
         }
     }
 
@@ -203,6 +206,14 @@ struct FewRows {
         }
     }
 
+    // The first output of a pass that nobody has yet, or one beyond the end. Every block asks until it is
+    // told that, once: with that the count is zero again.
+    u32 ask() const {
+        const u32 num_given = args.num_given * gridDim.x;
+        const u32 num_left = (num_outputs(args) - 1) / kPassOutputs + 1 - num_given;
+        return (num_given + atomicInc(args.counter, num_left + gridDim.x - 1)) * kPassOutputs;
+    }
+
     void run() const {
         let_next_start();
         Cursor ahead = first();
@@ -212,7 +223,6 @@ struct FewRows {
             end_item();
             advance(ahead);
         }
-        fetch_early();
         wait_for_previous();
         Cursor again = first();
 #pragma unroll
@@ -222,11 +232,15 @@ struct FewRows {
             advance(again);
         }
 
-        u32 slot = 0;
-        for (u32 output = begin; output < end; output += kPassOutputs) {
+        u32 slot = 0, answer = 0;
+        bool asks = args.num_given && threadIdx.x == 0;
+        if (asks && args.num_ahead == args.num_given) answer = ask();
+        for (u32 pass = 0;; pass++) {
+            const u32 output = output_of(pass);
+            if (output >= end) break;
             float total[kTiles][kColumns][4] = {};
             for (u32 chunk = warp; chunk < num_chunks; chunk += kWarps) {
-                for (int part = 0; part < kChunkSteps / kSteps; part++) {
+                for (int part = 0; part < kChunkItems; part++) {
                     wait_item<kDepth - 1>();
                     multiply(total, slot);
                     if (!is_end(ahead)) {
@@ -238,7 +252,13 @@ struct FewRows {
                     slot = slot + 1 == kDepth ? 0 : slot + 1;
                 }
             }
+            const u32 asked = pass + args.num_ahead;
+            if (asks && asked >= args.num_given) {  // the answer had a pass's time to come
+                answers[asked % kAnswers] = answer;
+                asks = answer < end;
+            }
             __syncthreads();  // the sums of the pass before are read
+            if (asks && asked + 1 >= args.num_given) answer = ask();
             keep(total);
             __syncthreads();
             store(output);

@@ -45,10 +45,10 @@ inline Vector load_16_bytes(u32 from) {
     return v;
 }
 
-// Of memory that this kernel may write: not by the path for constants.
+// Of memory that others write while this kernel is there: not from the multiprocessor's own cache.
 inline Vector load_global(const char* from) {
     Vector v;
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.part[0]), "=r"(v.part[1]), "=r"(v.part[2]), "=r"(v.part[3])
                  : "l"(from));
     return v;
@@ -56,7 +56,7 @@ inline Vector load_global(const char* from) {
 
 inline int load_int(const int* from) {
     int value;
-    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from));
+    asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(value) : "l"(from));
     return value;
 }
 
@@ -69,11 +69,6 @@ inline void store_global(char* to, const Vector& v) {
 // The low, and the high, 16 bits of both, the first's below.
 inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
 inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
-
-// Both a multiple of 16 bytes.
-inline void fetch_into_l2(const char* from, u32 num_bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(num_bytes) : "memory");
-}
 
 // Lets the next kernel start once every block has come so far. It may read only weights before its own wait.
 inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }

@@ -18,13 +18,26 @@ u16 sum(u16 a, u16 b) {
     return Number::narrow(Number::widen(a) + Number::widen(b));
 }
 
-// A thread has 8 dimensions of every 32, so i and i + half of the head are both its own; `cos` and `sin` are
-// those of its first 8.
+// A thread has 8 dimensions of every 32, so i and i + half of the head are both its own; the angles are those
+// of its first 8, and of every 32 after them.
+template <int kSteps>
+struct Angles {
+    Vector cos[kSteps / 2], sin[kSteps / 2];
+
+    void load(const char* cos_at, const char* sin_at) {
+#pragma unroll
+        for (int step = 0; step < kSteps / 2; step++) {
+            cos[step] = load_global(cos_at + step * 64);
+            sin[step] = load_global(sin_at + step * 64);
+        }
+    }
+};
+
 template <class Number, int kSteps>
-void turn(Vector (&vector)[kSteps], const char* cos, const char* sin) {
+void turn(Vector (&vector)[kSteps], const Angles<kSteps>& angles) {
 #pragma unroll
     for (int step = 0; step < kSteps / 2; step++) {
-        const Vector c = load_global(cos + step * 64), s = load_global(sin + step * 64);
+        const Vector &c = angles.cos[step], &s = angles.sin[step];
         Vector &low = vector[step], &high = vector[step + kSteps / 2];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
