@@ -9,6 +9,7 @@ work on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,24 @@ from yalis.staging import Staging
 Ints = NDArray[np.int32]
 
 
+@dataclass(frozen=True, order=True)
+class StepShape:
+    """What a batch is padded to, for a graph to serve it.
+
+    Decodes only have as many tokens as sequences, and padding is a sequence of one token. Where there
+    `are_chunks` too, padding is a sequence without tokens, and a token without a sequence.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    are_chunks: bool
+
+
 @dataclass(frozen=True)
 class Uploaded:
     """A batch on the device, int32. Rows of sequences as in the batch, with padding behind."""
 
-    num_decodes: int
+    num_decodes: int  # 0 where a padded batch has chunks: there it changes from one to the next
     max_query_len: int
     max_seq_len: int
     slots: Tensor
@@ -34,7 +48,9 @@ class Uploaded:
     query_starts: Tensor
     seq_lens: Tensor
     cache_indices: Tensor
-    chunk_token_ids: Tensor
+    token_ids: (
+        Tensor | None
+    )  # of each new token, -1 for the last that its slot drew; None: all are that
     drawing_rows: Tensor | None  # of the new tokens; None when every one draws
     drawing_slots: Tensor
 
@@ -67,6 +83,7 @@ class InputPreparer:
         device: torch.device,
     ) -> None:
         self._block_size, self._padding_slot = block_size, max_num_seqs
+        self._padding_place = num_blocks * block_size
         self._max_model_len = max_model_len
         width = -(-max_model_len // block_size)
         # The host's copy is what places are looked up in, the device's what attention reads.
@@ -74,72 +91,85 @@ class InputPreparer:
         self._device_tables = torch.from_numpy(self._tables).to(device, copy=True)
         self._last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         num_seqs, num_tokens = max_num_seqs + 1, max(max_num_tokens, max_num_seqs + 1)
-        self._staging = Staging(3 * num_tokens + 5 * num_seqs, 8, device)
+        self._staging = Staging(3 * num_tokens + 6 * num_seqs, 8, device)
         self._table_staging = Staging(2 * num_seqs, 2, device)
 
-    def upload(self, batch: Batch, *, num_rows: int | None = None) -> Uploaded:
-        """Bring a batch to the device. `num_rows` pads one that has decodes only to so many."""
+    def upload(self, batch: Batch, shape: StepShape | None = None) -> Uploaded:
+        """Bring a batch to the device, padded to `shape`."""
         self._extend_tables(batch.new_blocks)
-        num_decodes, num_seqs = batch.num_decodes, len(batch.slots)
+        num_seqs = len(batch.slots)
+        are_chunks = shape.are_chunks if shape else batch.num_decodes < num_seqs
         slots, num_cached = np.array(batch.slots, np.int32), np.array(batch.num_cached, np.int32)
-        if num_rows is not None:
-            assert num_seqs == num_decodes <= num_rows
-            padding = (0, num_rows - num_seqs)
-            slots = np.pad(slots, padding, constant_values=self._padding_slot)
-            num_cached = np.pad(num_cached, padding)
-            num_decodes = num_seqs = num_rows
         num_new = np.ones(num_seqs, np.int32)
-        num_new[num_decodes:] = batch.num_new
+        num_new[batch.num_decodes :] = batch.num_new
+        is_drawing = np.ones(num_seqs, bool)
+        is_drawing[batch.num_decodes :] = batch.is_drawing
+        if shape:
+            slots = _padded(slots, shape.num_seqs, self._padding_slot)
+            num_cached = _padded(num_cached, shape.num_seqs, 0)
+            num_new = _padded(num_new, shape.num_seqs, 0 if are_chunks else 1)
+            is_drawing = _padded(is_drawing, shape.num_seqs, not are_chunks)
         seq_lens = num_cached + num_new
-        query_starts = np.zeros(num_seqs + 1, np.int32)
+        query_starts = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(num_new, out=query_starts[1:])
-        has_chunks = num_decodes < num_seqs
-        seq = np.repeat(np.arange(num_seqs), num_new) if has_chunks else slice(None)
+        seq = np.repeat(np.arange(len(slots)), num_new) if are_chunks else slice(None)
         positions = num_cached
-        if has_chunks:
+        if are_chunks:
             positions = np.arange(query_starts[-1]) + (num_cached - query_starts[:-1])[seq]
         blocks = self._tables[slots[seq], positions // self._block_size]
-        is_drawing = np.ones(num_seqs, bool)
-        is_drawing[num_decodes:] = batch.is_drawing
+        places = blocks * self._block_size + positions % self._block_size
+        token_ids = drawing_rows = np.empty(0, np.int32)
+        drawing_slots = slots[is_drawing]
+        if are_chunks:
+            token_ids = np.array((-1,) * batch.num_decodes + batch.token_ids, np.int32)
+            drawing_rows = query_starts[1:][is_drawing] - 1
+        if shape and are_chunks:
+            positions = _padded(positions, shape.num_tokens, 0)
+            places = _padded(places, shape.num_tokens, self._padding_place)
+            token_ids = _padded(token_ids, shape.num_tokens, 0)
+            drawing_rows = _padded(drawing_rows, shape.num_seqs, 0)
+            drawing_slots = _padded(drawing_slots, shape.num_seqs, self._padding_slot)
         parts = [
-            slots,
-            positions,
-            query_starts,
-            seq_lens,
-            blocks * self._block_size + positions % self._block_size,
-            np.array(batch.token_ids, np.int32),
-            query_starts[1:][is_drawing] - 1 if has_chunks else np.empty(0, np.int32),
-            slots[is_drawing],
-        ]
+            slots, positions, query_starts, seq_lens, places, token_ids, drawing_rows, drawing_slots,
+        ]  # fmt: skip
         (
             slots_,
             positions_,
             starts_,
             lens_,
-            cache_,
-            chunks_,
+            places_,
+            tokens_,
             rows_,
             drawing_,
         ) = self._staging.upload(parts)
+        num_decodes, max_query_len = batch.num_decodes, int(num_new.max())
+        if shape:
+            num_decodes = 0 if are_chunks else shape.num_seqs
+            max_query_len = shape.num_tokens if are_chunks else 1
         return Uploaded(
             num_decodes=num_decodes,
-            max_query_len=int(num_new.max()),
-            max_seq_len=int(seq_lens.max()) if num_rows is None else self._max_model_len,
+            max_query_len=max_query_len,
+            max_seq_len=self._max_model_len if shape else int(seq_lens.max()),
             slots=slots_,
             positions=positions_,
             query_starts=starts_,
             seq_lens=lens_,
-            cache_indices=cache_,
-            chunk_token_ids=chunks_,
-            drawing_rows=rows_ if has_chunks else None,
+            cache_indices=places_,
+            token_ids=tokens_ if are_chunks else None,
+            drawing_rows=rows_ if are_chunks else None,
             drawing_slots=drawing_,
         )
 
     def assemble(self, uploaded: Uploaded) -> StepInputs:
         """The model's inputs, by device work that can be captured in a graph."""
-        token_ids = self._last_token_ids[uploaded.slots[: uploaded.num_decodes]]
-        if len(uploaded.chunk_token_ids):
-            token_ids = torch.cat((token_ids, uploaded.chunk_token_ids))
+        slots, known = uploaded.slots, uploaded.token_ids
+        if known is None:
+            token_ids = self._last_token_ids[slots]
+        else:
+            # Decodes come first, so that a sequence's index is its token's; it has one at least.
+            head, rest = known[: len(slots)], known[len(slots) :]
+            last = self._last_token_ids[slots[: len(known)]]
+            token_ids = torch.cat((torch.where(head < 0, last, head), rest))
         width = -(-uploaded.max_seq_len // self._block_size)
         return StepInputs(
             token_ids=token_ids,
@@ -150,7 +180,7 @@ class InputPreparer:
                 max_seq_len=uploaded.max_seq_len,
                 query_starts=uploaded.query_starts,
                 seq_lens=uploaded.seq_lens,
-                block_tables=self._device_tables[:, :width].index_select(0, uploaded.slots),
+                block_tables=self._device_tables[:, :width].index_select(0, slots),
                 cache_indices=uploaded.cache_indices,
             ),
             drawing_rows=uploaded.drawing_rows,
@@ -176,3 +206,7 @@ class InputPreparer:
             [np.concatenate(places), np.concatenate(blocks)]
         )
         self._device_tables.view(-1).index_copy_(0, places_.long(), blocks_)
+
+
+def _padded(array: NDArray[Any], length: int, value: int | bool) -> NDArray[Any]:
+    return np.pad(array, (0, length - len(array)), constant_values=value)

@@ -14,8 +14,8 @@ from yalis.attention.choice import make_attention
 from yalis.config import ModelConfig
 from yalis.core import Batch, NewBlocks
 from yalis.drawing import Drawing, Drawn, PendingStep
-from yalis.graphs import Decoded, DecodeGraphs, capture_sizes, num_bytes_of_graphs
-from yalis.inputs import InputPreparer, StepInputs, Uploaded
+from yalis.graphs import Computed, StepGraphs, chunk_shapes, decode_shapes, num_bytes_of_graphs
+from yalis.inputs import InputPreparer, StepInputs, StepShape, Uploaded
 from yalis.memory import cache_bytes, num_blocks_in
 from yalis.models.decoder import CausalLM
 from yalis.options import EngineOptions
@@ -62,7 +62,7 @@ class Runner:
         num_bytes = tp.minimum(num_bytes, device)
         self.num_blocks = num_blocks_in(num_bytes, self._cache_shape, options, config)
         self._attention, self._inputs = self._make_cache(self.num_blocks)
-        self._graphs_by_all_reduce: dict[str, DecodeGraphs] = {}
+        self._graphs_by_all_reduce: dict[str, StepGraphs] = {}
         self._graphs = self._captured(options.all_reduce, on_progress)
 
     @torch.inference_mode()
@@ -72,14 +72,14 @@ class Runner:
         """
         # What ranks other than 0 learn of a peer that is gone: nobody waits for their results.
         self._tp.all_reduce.check()
-        num_rows = self._graphs.num_rows_for(batch) if self._graphs else None
+        shape = self._graphs.shape_for(batch) if self._graphs else None
         with self._trace("prepare"):
             self._drawing.admit(batch.admissions)
-            uploaded = self._inputs.upload(batch, num_rows=num_rows)
-        if self._graphs is not None and num_rows is not None:
-            with self._trace("decode"):
-                decoded = self._graphs.replay(num_rows)
-            return self._finish(batch, uploaded, decoded)
+            uploaded = self._inputs.upload(batch, shape)
+        if self._graphs is not None and shape is not None:
+            with self._trace("replay"):
+                computed = self._graphs.replay(shape)
+            return self._finish(batch, uploaded, computed)
         with self._trace("forward"):
             inputs = self._inputs.assemble(uploaded)
             hidden = self._forward(inputs)
@@ -89,23 +89,23 @@ class Runner:
             self._inputs.remember(inputs.drawing_slots, drawn.token_ids)
             return PendingStep(drawn, self._tp.all_reduce.check)
 
-    def decode(self, uploaded: Uploaded) -> Decoded:
-        """A step of decodes only, that draws the likeliest tokens: device work alone, to be captured."""
+    def compute(self, uploaded: Uploaded) -> Computed:
+        """A step that draws the likeliest tokens: device work alone, to be captured."""
         inputs = self._inputs.assemble(uploaded)
         share = self._share(self._forward(inputs), inputs)
         token_ids = self._drawing.draw_likeliest(share)
         self._inputs.remember(inputs.drawing_slots, token_ids)
-        return Decoded(token_ids, share)
+        return Computed(token_ids, share)
 
-    def _finish(self, batch: Batch, uploaded: Uploaded, decoded: Decoded) -> PendingStep:
-        """The result of a padded step of decodes."""
-        num_seqs = len(batch.slots)
+    def _finish(self, batch: Batch, uploaded: Uploaded, computed: Computed) -> PendingStep:
+        """The result of a padded step."""
+        num_draws = batch.num_draws
         with self._trace("sample"):
             if self._drawing.is_plain(batch):
-                drawn = Drawn(decoded.token_ids[:num_seqs])
+                drawn = Drawn(computed.token_ids[:num_draws])
                 return PendingStep(drawn, self._tp.all_reduce.check)
-            drawn = self._drawing.draw(batch, decoded.share[:num_seqs])
-            self._inputs.remember(uploaded.drawing_slots[:num_seqs], drawn.token_ids)
+            drawn = self._drawing.draw(batch, computed.share[:num_draws] if num_draws else None)
+            self._inputs.remember(uploaded.drawing_slots[:num_draws], drawn.token_ids)
             return PendingStep(drawn, self._tp.all_reduce.check)
 
     @torch.inference_mode()
@@ -156,29 +156,37 @@ class Runner:
         share: Tensor = self.model.lm_head(hidden)
         return share
 
-    def _captured(
-        self, all_reduce: str, on_progress: Progress | None = None
-    ) -> DecodeGraphs | None:
+    def _captured(self, all_reduce: str, on_progress: Progress | None = None) -> StepGraphs | None:
         """The graphs with the present all-reduce, which has this name; None where steps run eagerly."""
         if not self._uses_graphs:
             return None
         if all_reduce not in self._graphs_by_all_reduce:
-            sizes = capture_sizes(self._options.max_num_seqs)
-            self._graphs_by_all_reduce[all_reduce] = self._capture(sizes, on_progress)
+            self._graphs_by_all_reduce[all_reduce] = self._capture(self._shapes, on_progress)
         return self._graphs_by_all_reduce[all_reduce]
 
     @property
     def _uses_graphs(self) -> bool:
         return self._attention.is_capturable and not self._options.enforce_eager
 
-    @torch.inference_mode()
-    def _capture(self, sizes: Sequence[int], on_progress: Progress | None = None) -> DecodeGraphs:
-        return DecodeGraphs(sizes, self._upload_padding, self.decode, self._device, on_progress)
+    @property
+    def _shapes(self) -> list[StepShape]:
+        """Of steps that are captured, ascending."""
+        options = self._options
+        shapes = decode_shapes(options.max_num_seqs)
+        # A batch-invariant prompt attends token by token: not from the shape of its step alone.
+        if not options.batch_invariant:
+            shapes += chunk_shapes(options.max_num_seqs, options.max_num_batched_tokens)
+        return sorted(shapes)
 
-    def _upload_padding(self, num_rows: int) -> Uploaded:
-        """Decodes of nobody's."""
-        nothing = Batch(num_decodes=0, slots=(), num_cached=())
-        return self._inputs.upload(nothing, num_rows=num_rows)
+    @torch.inference_mode()
+    def _capture(
+        self, shapes: Sequence[StepShape], on_progress: Progress | None = None
+    ) -> StepGraphs:
+        return StepGraphs(shapes, self._upload_padding, self.compute, self._device, on_progress)
+
+    def _upload_padding(self, shape: StepShape) -> Uploaded:
+        """A batch of nobody's."""
+        return self._inputs.upload(Batch(num_decodes=0, slots=(), num_cached=()), shape)
 
     def _make_cache(self, num_blocks: int) -> tuple[AttentionBackend, InputPreparer]:
         options, device = self._options, self._device
@@ -216,7 +224,7 @@ class Runner:
             hidden = self.forward(prompts_of(num_tokens, self._options, max_model_len))
             head = self.model.lm_head
             head.gather(head(hidden[: self._options.max_num_seqs]))
-        self.decode(self._upload_padding(1))
+        self.compute(self._upload_padding(StepShape(1, 1, False)))
         del self._attention, self._inputs
 
     def _graph_bytes(self) -> int:
@@ -224,8 +232,7 @@ class Runner:
         self._attention, self._inputs = self._make_cache(1)
         num_bytes = 0
         if self._uses_graphs:
-            sizes = capture_sizes(self._options.max_num_seqs)
-            num_bytes = num_bytes_of_graphs(sizes, self._capture, self._device)
+            num_bytes = num_bytes_of_graphs(self._shapes, self._capture, self._device)
         del self._attention, self._inputs
         return num_bytes
 

@@ -1,4 +1,4 @@
-"""Which numbers of rows are captured, and which of them serves a batch."""
+"""Which shapes of steps are captured, and which of them serves a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from yalis.core import Batch
-from yalis.graphs import DecodeGraphs, capture_sizes, num_bytes_of_graphs
+from yalis.graphs import StepGraphs, chunk_shapes, decode_shapes, num_bytes_of_graphs
+from yalis.inputs import StepShape
 
 
 @pytest.mark.parametrize(
@@ -23,39 +24,49 @@ from yalis.graphs import DecodeGraphs, capture_sizes, num_bytes_of_graphs
     ],
 )
 def test_sizes_reach_the_most_sequences_or_256(max_num_seqs: int, sizes: tuple[int, ...]) -> None:
-    assert capture_sizes(max_num_seqs) == sizes
+    assert decode_shapes(max_num_seqs) == [StepShape(n, n, False) for n in sizes]
 
 
-def test_a_batch_of_decodes_is_padded_to_the_next_size() -> None:
-    graphs = DecodeGraphs.__new__(DecodeGraphs)  # capturing needs a GPU
-    graphs._sizes = [1, 2, 4, 8]
+def test_chunks_are_captured_up_to_what_a_step_may_have() -> None:
+    shapes = chunk_shapes(20, 100)
+    assert shapes == [StepShape(n, min(n, 20), True) for n in (16, 32, 64, 96, 100)]
+    assert chunk_shapes(4, 8192)[-1] == StepShape(1024, 4, True)
+    assert chunk_shapes(4, 3) == [StepShape(3, 3, True)]
 
-    def rows(num_decodes: int, num_chunks: int = 0) -> int | None:
-        num_seqs = num_decodes + num_chunks
-        slots, cached = tuple(range(num_seqs)), (3,) * num_seqs
-        new, tokens = (1,) * num_chunks, (5,) * num_chunks
-        return graphs.num_rows_for(
-            Batch(num_decodes, slots, cached, new, tokens, (True,) * num_chunks)
+
+def test_a_batch_is_padded_to_the_next_shape() -> None:
+    graphs = StepGraphs.__new__(StepGraphs)  # capturing needs a GPU
+    graphs._shapes = sorted([*decode_shapes(8), *chunk_shapes(6, 64)])
+
+    def shape(num_decodes: int, *chunks: int) -> StepShape | None:
+        num_seqs = num_decodes + len(chunks)
+        slots, cached, drawing = tuple(range(num_seqs)), (3,) * num_seqs, (True,) * len(chunks)
+        return graphs.shape_for(
+            Batch(num_decodes, slots, cached, chunks, (5,) * sum(chunks), drawing)
         )
 
-    assert [rows(n) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
-    assert rows(9) is None
-    assert rows(2, num_chunks=1) is None
-    assert rows(0, num_chunks=1) is None
+    assert [shape(n) for n in (1, 2, 3, 5, 8)] == [StepShape(n, n, False) for n in (1, 2, 4, 8, 8)]
+    assert shape(9) is None
+    assert shape(0, 1) == shape(5, 11) == StepShape(16, 6, True)
+    assert shape(5, 12) == StepShape(32, 6, True)
+    assert shape(0, 64) == StepShape(64, 6, True)
+    assert shape(1, 64) is None
+    assert shape(6, 1) is None  # more sequences than there is room for
 
 
-@pytest.mark.parametrize(("sizes", "num_bytes"), [((1, 2, 4, 8, 16), 5050), ((1,), 5010)])
+@pytest.mark.parametrize(("num_seqs", "num_bytes"), [(16, 5050), (1, 5010)])
 def test_room_for_all_graphs_follows_from_two(
-    sizes: Sequence[int], num_bytes: int, monkeypatch: pytest.MonkeyPatch
+    num_seqs: int, num_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shapes = decode_shapes(num_seqs)
     free, seen = [1 << 30], []
 
-    def capture(some: Sequence[int]) -> Any:
+    def capture(some: Sequence[StepShape]) -> Any:
         # A pool that the largest fills, each graph itself, and what is taken once.
         free[0] -= 5000 + 10 * len(some) + (700 if not seen else 0)
         seen.append(tuple(some))
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
-    found = num_bytes_of_graphs(sizes, capture, torch.device("cuda", 0))
+    found = num_bytes_of_graphs(shapes, capture, torch.device("cuda", 0))
     assert found == num_bytes
-    assert {some[-1] for some in seen} == {sizes[-1]}
+    assert {some[-1] for some in seen} == {shapes[-1]}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from yalis import LLM, RequestError, SamplingParams, Update, YalisError
 from yalis.core import Batch
-from yalis.inputs import Uploaded
+from yalis.inputs import StepShape, Uploaded
 from yalis.runner import Runner
 from yalis.scheduler import Scheduler
 from yalis.testing import make_checkpoint
@@ -286,18 +286,18 @@ class EightRows:
         self.runner, self.padded = runner, list[int]()
         self.upload, runner._inputs.upload = runner._inputs.upload, self.spy  # type: ignore[method-assign]
 
-    def spy(self, batch: Batch, *, num_rows: int | None = None) -> Uploaded:
-        self.uploaded = self.upload(batch, num_rows=num_rows)
+    def spy(self, batch: Batch, shape: StepShape | None = None) -> Uploaded:
+        self.uploaded = self.upload(batch, shape)
         return self.uploaded
 
-    def num_rows_for(self, batch: Batch) -> int | None:
+    def shape_for(self, batch: Batch) -> StepShape | None:
         if batch.num_new:
             return None
         self.padded.append(8 - batch.num_decodes)
-        return 8
+        return StepShape(8, 8, False)
 
-    def replay(self, num_rows: int) -> Any:
-        return self.runner.decode(self.uploaded)
+    def replay(self, shape: StepShape) -> Any:
+        return self.runner.compute(self.uploaded)
 
 
 def test_rows_that_pad_a_batch_change_nothing(llm: LLM) -> None:

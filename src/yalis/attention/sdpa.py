@@ -38,6 +38,7 @@ class SdpaAttention:
             for start, stop, length, table in zip(
                 starts[:-1], starts[1:], lengths, tables, strict=True
             )
+            if stop > start  # else it is padding
         ]
         return SdpaStep(self._keys, self._values, metadata.cache_indices.long(), tuple(spans))
 
@@ -103,7 +104,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     if num_new == 1:
         # One token sees everything: let the group of query heads play the part of the tokens.
         k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-        return F.scaled_dot_product_attention(grouped, k, v).view(num_new, num_heads, head_dim)
+        # On some devices the result's strides are those of the transposed keys.
+        attended = F.scaled_dot_product_attention(grouped, k, v)
+        return attended.reshape(num_new, num_heads, head_dim)
     grouped = grouped.permute(1, 2, 0, 3)
     k = k.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
     v = v.transpose(0, 1).unsqueeze(1).expand(-1, grouped.shape[1], -1, -1)
