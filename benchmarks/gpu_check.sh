@@ -66,12 +66,15 @@ if [ "$gpus" -gt 0 ] && wanted alone; then
     (
         export CUDA_VISIBLE_DEVICES=$((gpus - 1))
         for tool in memcheck racecheck initcheck; do
-            # initcheck counts what torch does too, so that its number is for a reader.
+            # initcheck counts what torch does too, so that its number is for a reader. racecheck knows barriers
+            # only, and takes the marks for races by which the warps of a row wait for each other.
             code=$([ $tool = initcheck ] || echo --error-exitcode 9)
-            step 90 "$tool" 'SUMMARY|passed|failed' compute-sanitizer --tool $tool $code \
+            which=$([ $tool = racecheck ] && echo wraps || echo "wraps or poisoned")
+            step 120 "$tool" 'SUMMARY|passed|failed' compute-sanitizer --tool $tool $code \
                 --report-api-errors no python3 -m pytest -q -p no:cacheprovider tests/gpu/test_virtual.py \
-                -k "wraps or poisoned"
+                -k "$which" &
         done
+        wait
     ) &
     [ "$gpus" -gt 1 ] || wait
     CUDA_VISIBLE_DEVICES=0 tests 300 "virtual cluster" tests/gpu/test_virtual.py
