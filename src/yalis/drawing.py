@@ -12,7 +12,7 @@ from torch import Tensor
 from yalis.core import INVALID_TOKEN, Admission, Batch, RowLogprobs, StepResult
 from yalis.layers.vocabulary import VocabularyHead
 from yalis.parallel.group import TensorParallel
-from yalis.sampler import Logprobs, Sampler
+from yalis.sampler import Logprobs, Sampler, can_share, sample_shares
 from yalis.sampling_params import Draw
 from yalis.staging import Download
 
@@ -29,8 +29,8 @@ class Drawn:
 
 
 class Drawing:
-    """Keeps by slot how to draw. The likeliest tokens all ranks find together; for the rest rank 0 gathers
-    the logits and draws, and the others are told.
+    """Keeps by slot how to draw. Most tokens all ranks draw together; where one needs all logits in one
+    place, rank 0 gathers them and draws, and the others are told.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Drawing:
 
     def draw_likeliest(self, share: Tensor) -> Tensor:
         """The likeliest token of each row, `[n]` as `Drawn.token_ids`. Collective, capturable."""
-        token_ids, is_finite = self._head.likeliest(share)
+        token_ids, _, is_finite = self._head.likeliest(share)
         return token_ids.masked_fill(~is_finite, INVALID_TOKEN)
 
     def draw(self, batch: Batch, share: Tensor | None) -> Drawn:
@@ -75,6 +75,9 @@ class Drawing:
         if self.is_plain(batch):
             return Drawn(self.draw_likeliest(share))
         draws = self._draws(batch)
+        if self._tp.size > 1 and all(map(can_share, draws)):
+            sampled = sample_shares(self._head, share, draws)
+            return Drawn(sampled.token_ids.masked_fill(~sampled.is_finite, INVALID_TOKEN))
         wants_logprobs = any(draw.params.logprobs is not None for draw in draws)
         logits = self._head.gather(share)
         if logits is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from yalis.filters import draw, kept_scores, num_to_rank
 from yalis.layers.functional import are_finite, likeliest
+from yalis.layers.vocabulary import VocabularyHead
 from yalis.penalties import Penalties
 from yalis.sampling_params import Draw
 
@@ -87,10 +88,30 @@ class Sampler:
         for (num_ranked, _), table in zip(portions, on_device[2:], strict=True):
             rows = table[:, 0].long()
             scores = kept_scores(changed.index_select(0, rows), table[:, 3:], num_ranked)
-            token_ids.index_copy_(0, rows, draw(scores, table[:, 1:3]))
+            token_ids.index_copy_(0, rows, draw(scores, table[:, 1:3])[0])
         if penalised:
             self._penalties.add(on_device[0], token_ids)
         return Sampled(token_ids, is_finite, _logprobs(logits, token_ids, draws))
+
+
+def can_share(drawn: Draw) -> bool:
+    """Whether ranks can draw this together, each from its share of the logits."""
+    p = drawn.params
+    is_whole = p.has_penalties or drawn.banned_token_ids or p.logprobs is not None
+    return not is_whole and num_to_rank(max(p.top_k, 0), p.top_p, 2) == 0
+
+
+def sample_shares(head: VocabularyHead, share: Tensor, draws: Sequence[Draw]) -> Sampled:
+    """`Sampler.sample` where all draws `can_share`, and every rank has a share `[n, width]`. Collective."""
+    token_ids, highest, is_finite = head.likeliest(share)
+    portions = _portions(draws, share.shape[-1])
+    tables = _stage([table for _, table in portions], share.device) if portions else []
+    for table in tables:
+        rows = table[:, 0].long()
+        settings, keys = table[:, 3:], table[:, 1:3]
+        drawn = head.draw(share.index_select(0, rows), highest[rows], settings, keys)
+        token_ids.index_copy_(0, rows, drawn)
+    return Sampled(token_ids, is_finite)
 
 
 def _penalised(draws: Sequence[Draw]) -> Table:

@@ -26,7 +26,7 @@ from yalis import LLM, RequestError, SamplingParams
 model, folder = sys.argv[1:]
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID")))
 greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-drawn = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, ignore_eos=True)
+drawn = SamplingParams(max_tokens=24, temperature=1.0, min_p=0.01, ignore_eos=True)
 said = []
 for all_reduce, num_nodes in (("nvrar", 2), ("torch", 1), ("nvrar", 1)):
     with LLM(model, tensor_parallel_size=2, num_nodes=num_nodes, all_reduce=all_reduce) as llm:
@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def check(model: str, folder: Path) -> None:
     with LLM(model) as llm:
         greedy = [list(o.token_ids) for o in llm.generate(["Once", "x"], GREEDY)]
-        params = SamplingParams(max_tokens=24, temperature=1.0, top_p=0.9, ignore_eos=True)
+        params = SamplingParams(max_tokens=24, temperature=1.0, min_p=0.01, ignore_eos=True)
         drawn = [list(o.token_ids) for o in llm.generate(["Once", "x"], params)]
         params = SamplingParams(max_tokens=9, temperature=1.0, top_k=8, seed=3, n=2, logprobs=1)
         outputs = llm.generate("Once", params)[0].outputs

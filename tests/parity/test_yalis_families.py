@@ -56,7 +56,7 @@ def run_rank(
     ids = torch.tensor(token_ids)
     share = model.lm_head(model(ids, torch.arange(len(ids)), attend))
     logits = model.lm_head.gather(share)
-    token_ids, is_finite = model.lm_head.likeliest(share)
+    token_ids, _, is_finite = model.lm_head.likeliest(share)
     assert is_finite.all()
     return logits, token_ids
 

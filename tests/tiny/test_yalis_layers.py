@@ -17,6 +17,8 @@ from yalis.layers import functional
 from yalis.layers.vocabulary import VocabularyHead
 from yalis.parallel.all_reduce import NoAllReduce
 from yalis.parallel.group import Placement, TensorParallel
+from yalis.sampler import Sampler, can_share, sample_shares
+from yalis.sampling_params import Draw, SamplingParams
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -109,6 +111,18 @@ def test_a_gpu_asks_its_kernels_for_what_torch_computes(
     assert calls == expected.split()
 
 
+def share_of(logits: Tensor, tp: TensorParallel) -> tuple[VocabularyHead, Tensor]:
+    """A rank's head and its share of these logits."""
+    head = VocabularyHead(logits.shape[1], 8, Placement(tp, logits.dtype, torch.device("cpu")))
+    [part] = head.weight_parts("lm_head")
+    mine = logits[:, part.region[0]]
+    share = torch.zeros(
+        len(logits), len(head.weight), dtype=logits.dtype
+    )  # as the padding's weights make it
+    share[:, : mine.shape[1]] = mine
+    return head, share
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "vocab_size", [5, 64, 67]
@@ -126,19 +140,55 @@ def test_ranks_find_the_likeliest_token_together(
         logits[row, 0 if row < 43 else -1] = value
         bad[row] = True
 
-    def run(tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor | None]:
-        head = VocabularyHead(vocab_size, 8, Placement(tp, dtype, torch.device("cpu")))
-        [part] = head.weight_parts("lm_head")
-        mine = logits[:, part.region[0]]
-        share = torch.zeros(60, len(head.weight), dtype=dtype)  # as the padding's weights make it
-        share[:, : mine.shape[1]] = mine
+    def run(tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        head, share = share_of(logits, tp)
         return (*head.likeliest(share), head.gather(share))
 
     results = on_ranks(size, run)
-    for token_ids, is_finite, _ in results:
+    for token_ids, highest, is_finite, _ in results:
         assert torch.equal(is_finite, ~bad)
         assert torch.equal(token_ids[~bad], logits.float().argmax(dim=1)[~bad])
+        assert torch.equal(highest[~bad], logits.float().amax(dim=1)[~bad])
         assert ((token_ids >= 0) & (token_ids < vocab_size)).all()
-    gathered = results[0][2]
+    gathered = results[0][3]
     assert gathered is not None
     torch.testing.assert_close(gathered, logits, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("vocab_size", [5, 67, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_draw_together_what_one_draws(size: int, vocab_size: int, dtype: torch.dtype) -> None:
+    logits = (3 * randn(200, vocab_size, dtype=torch.float32)).to(dtype)
+    logits[7, -1] = torch.nan
+    kinds = [{}, {"temperature": 0.0}, {"temperature": 0.3}, {"min_p": 0.2}, {"temperature": 1e-30}]
+    draws = [
+        Draw(SamplingParams(**kinds[row % 5]), seed=row, token_idx=row % 7, slot=row)
+        for row in range(200)
+    ]
+    alone = Sampler(200, vocab_size, torch.device("cpu")).sample(logits, draws)
+    assert alone.is_finite.sum() == 199
+    for together in on_ranks(size, lambda tp: sample_shares(*share_of(logits, tp), draws)):
+        assert torch.equal(together.is_finite, alone.is_finite)
+        fine = alone.is_finite
+        assert torch.equal(together.token_ids[fine], alone.token_ids[fine])
+        assert ((together.token_ids >= 0) & (together.token_ids < vocab_size)).all()
+
+
+def test_what_needs_all_logits_is_not_shared() -> None:
+    def shared(**params: Any) -> bool:
+        banned = params.pop("banned", ())
+        return can_share(Draw(SamplingParams(**params), 1, 0, 0, banned))
+
+    assert shared()
+    assert shared(temperature=0.0)
+    assert shared(min_p=0.1, top_k=-1)
+    for params in (
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"logprobs": 0},
+        {"presence_penalty": 0.1},
+        {"repetition_penalty": 1.2},
+        {"banned": (3,)},
+    ):
+        assert not shared(**params)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yalis.filters import draw, kept_scores
 from yalis.layers.functional import are_finite, likeliest, linear
 from yalis.parallel.group import Placement
 from yalis.parallel.split import padded_split
@@ -63,19 +64,20 @@ class VocabularyHead(_VocabularyShard):
     def gather(self, share: Tensor) -> Tensor | None:
         """All logits, `[n, vocab_size]`, on rank 0; None elsewhere. Collective.
 
-        To one rank only: one draws at random, so no two can ever disagree about a token.
+        To one rank only: one draws, so no two can ever disagree about a token.
         """
         logits = self._tp.gather(share)
         return None if logits is None else logits[:, : self._vocab_size]
 
-    def likeliest(self, share: Tensor) -> tuple[Tensor, Tensor]:
-        """The token of each row's highest logit, `[n]` int64, the first of equal ones; and whether all
-        logits of the row are finite, `[n]` bool. Equal on all ranks. Collective, capturable.
+    def likeliest(self, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The token of each row's highest logit, `[n]` int64, the first of equal ones; that logit, `[n]`
+        float32; and whether all logits of the row are finite, `[n]` bool. Equal on all ranks. Collective,
+        capturable.
         """
         size, rank, num_mine = self._tp.size, self._tp.rank, len(self._rows)
         if size == 1:
             token_ids, highest, lowest = likeliest(share)
-            return token_ids, are_finite(highest, lowest)
+            return token_ids, highest.float(), are_finite(highest, lowest)
         # Each rank tells what it found in a column of its own, zeros in the others': a sum of few bytes, and
         # exact, for float32 holds token ids up to 2**24.
         found = share.new_zeros((len(share), size, 3), dtype=torch.float32)
@@ -88,7 +90,26 @@ class VocabularyHead(_VocabularyShard):
         highest, token_ids, lowest = self._tp.all_reduce(found).unbind(dim=-1)
         best = highest.argmax(dim=1, keepdim=True)
         is_finite = are_finite(highest, lowest).all(dim=1)
-        return token_ids.gather(1, best).squeeze(1).long(), is_finite
+        winner = [found.gather(1, best).squeeze(1) for found in (token_ids, highest)]
+        return winner[0].long(), winner[1], is_finite
+
+    def draw(self, share: Tensor, highest: Tensor, settings: Tensor, keys: Tensor) -> Tensor:
+        """`[n]` int64 tokens, those that `filters.draw` draws from all logits, on every rank. Collective.
+
+        `settings` `[n, 4]` as in `filters.kept_scores`, of which none asks to be ranked; `highest` from
+        `likeliest`.
+        """
+        num_mine, first_id = len(self._rows), self._rows.start
+        # The lowest place wins, which is at most 0.
+        found = share.new_zeros((len(share), self._tp.size, 2), dtype=torch.float32)
+        found[:, self._tp.rank, 0] = 1
+        if num_mine:
+            scores = kept_scores(share[:, :num_mine], settings, 0, highest.unsqueeze(1))
+            for idx, column in enumerate(reversed(draw(scores, keys, first_id))):
+                found[:, self._tp.rank, idx] = column
+        places, token_ids = self._tp.all_reduce(found).unbind(dim=-1)
+        best = places.argmin(dim=1, keepdim=True)
+        return token_ids.gather(1, best).squeeze(1).long()
 
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         return iter(()) if self._is_tied else super().weight_parts(path)
