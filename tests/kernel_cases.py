@@ -256,7 +256,9 @@ def turned_attentions(device: torch.device, dtype: torch.dtype) -> None:
                 out = torch.zeros(q.shape, **at)
                 if not is_one:
                     rotate_and_store(turned, new.k, new.v, cos, sin, *mine, slots)
+                plan_decode(starts, lens // 2, workspace)  # what is read too early is wrong
                 plan_decode(starts, lens, workspace)
+                out.zero_()  # an ordinary launch
                 decode_attention(
                     turned, *mine, tables, starts, lens, workspace, out,
                     scale=head_dim**-0.5, window=window, new=new if is_one else None,

@@ -215,7 +215,8 @@ class Runner:
     def _warm_up(self) -> None:
         """Run steps of few tokens and the largest there can be, over a cache of one block. Collective.
 
-        Which kernels serve follows from the number of tokens: from here on, all of them are compiled.
+        Which kernels serve follows from the number of tokens, and of decodes: from here on, all of them are
+        compiled.
         """
         self._attention, self._inputs = self._make_cache(1)
         max_model_len = self._options.resolved_max_model_len(self._config)
@@ -224,7 +225,8 @@ class Runner:
             hidden = self.forward(prompts_of(num_tokens, self._options, max_model_len))
             head = self.model.lm_head
             head.gather(head(hidden[: self._options.max_num_seqs]))
-        self.compute(self._upload_padding(StepShape(1, 1, False)))
+        for num_seqs in {1, self._options.max_num_seqs}:
+            self.compute(self._upload_padding(StepShape(num_seqs, num_seqs, False)))
         del self._attention, self._inputs
 
     def _graph_bytes(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from yalis.filters import draw, kept_scores, num_to_rank
@@ -174,7 +175,11 @@ def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logpr
     rows = tuple(row for row, num in wanted.items() if num is not None)
     [table] = _stage([[(row,) for row in rows]], logits.device)
     index = table[:, 0].long()
-    logprobs = logits.index_select(0, index).float().log_softmax(dim=-1)
+    # Rows of whole 16 bytes: where they begin elsewhere, a GPU adds in another order.
+    wanted_logits = F.pad(
+        logits.index_select(0, index).float(), (0, -logits.shape[-1] % 4), value=-torch.inf
+    )
+    logprobs = wanted_logits.log_softmax(dim=-1)
     drawn = logprobs.gather(1, token_ids[index].unsqueeze(1))
     top, top_ids = logprobs.topk(min(max(most), logits.shape[-1]), dim=-1)
     return Logprobs(rows, drawn.squeeze(1), (logprobs > drawn).sum(dim=-1) + 1, top, top_ids)

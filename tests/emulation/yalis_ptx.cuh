@@ -40,12 +40,21 @@ inline void require(bool is_right) {
     if (!is_right) abort();
 }
 
+// Whether this thread has waited for the kernel before.
+inline char& has_waited() {
+    static thread_local std::vector<char> threads(1024);  // of a block
+    return threads[threadIdx.x];
+}
+
 inline u64 evict_first() { return 0; }
-inline void copy_16_bytes(u32 to, const char* from, bool is_there) {
+inline void copy_16_bytes(u32 to, const char* from, bool is_there, u64) {
     require(to % 16 == 0 && reinterpret_cast<u64>(from) % 16 == 0);
     queue_of_thread().next.push_back({to, from, is_there});
 }
-inline void copy_16_bytes(u32 to, const char* from, bool is_there, u64) { copy_16_bytes(to, from, is_there); }
+inline void copy_16_bytes(u32 to, const char* from, bool is_there) {  // of no weight
+    require(has_waited());
+    copy_16_bytes(to, from, is_there, 0);
+}
 
 inline void end_item() {
     Queue& queue = queue_of_thread();
@@ -73,16 +82,21 @@ inline Vector load_16_bytes(u32 from) {
     return v;
 }
 
-inline Vector load_global(const char* from) {
+inline Vector load_early(const char* from) {
     Vector v;
     require(reinterpret_cast<u64>(from) % 16 == 0);
     memcpy(&v, from, 16);
     return v;
 }
+inline Vector load_global(const char* from) {
+    require(has_waited());
+    return load_early(from);
+}
 
 inline int load_int(const int* from) { return *from; }
 
 inline void store_global(char* to, const Vector& v) {
+    require(has_waited());
     require(reinterpret_cast<u64>(to) % 16 == 0);
     memcpy(to, &v, 16);
 }
@@ -90,7 +104,7 @@ inline void store_global(char* to, const Vector& v) {
 inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
 inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
 
-inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void let_next_start() { has_waited() = false; }
+inline void wait_for_previous() { has_waited() = true; }
 
 }  // namespace yalis

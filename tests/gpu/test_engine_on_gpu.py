@@ -159,7 +159,10 @@ def test_draws_of_every_kind_are_the_same_in_graphs(model: str) -> None:
         SamplingParams(max_tokens=30, temperature=0, min_tokens=20),
         SamplingParams(max_tokens=30, temperature=0, logprobs=3),
     ]
-    graphs, eager = serve(model, kinds, max_num_seqs=8), serve(model, kinds, enforce_eager=True)
+    # All nine sequences in the first step.
+    num_tokens = sum(map(len, PROMPTS)) + len(PROMPTS[4])
+    one = {"max_num_seqs": 9, "max_num_batched_tokens": num_tokens, "enable_prefix_caching": False}
+    graphs, eager = serve(model, kinds, **one), serve(model, kinds, enforce_eager=True, **one)
     assert token_ids(graphs) == token_ids(eager)
     assert len(graphs[6].token_ids) >= 20
     logprobs = graphs[7].outputs[0].logprobs

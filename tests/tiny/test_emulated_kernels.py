@@ -53,7 +53,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "arch_of", lambda device: "none")
         monkeypatch.setattr(module, "num_processors", lambda device: 3)
     monkeypatch.setattr(few_rows, "stream_of", lambda device: 0)
-    monkeypatch.setattr(decode_attention, "_is_small", lambda *_: True)
+    monkeypatch.setattr(decode_attention, "num_processors", lambda device: 1000)  # all is small
     # Of bfloat16 Triton's interpreter knows nothing.
     monkeypatch.setattr(kernel_cases, "rotate_and_store", kernel_reference.rotate_and_store)
 
@@ -88,6 +88,33 @@ def test_decodes_are_the_references(dtype: torch.dtype) -> None:
         )
         kernel_cases.near(out, expected, units=2, scale=0.5)
         assert not workspace.tickets.any()
+
+
+@pytest.mark.parametrize(("num_seqs", "turns"), [(2, True), (3, False)])
+def test_the_number_of_sequences_chooses_the_kernel(
+    num_seqs: int, turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_attention, "num_processors", lambda device: 8)
+    at: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float16}
+    seq_lens = [40, 300, 7][:num_seqs]
+    q, caches, tables, starts, lens = kernel_cases.paged(seq_lens, [1] * num_seqs, 8, 2, 64, **at)
+    rows = kernel_cases.random(num_seqs, 4, 64, seed=3, **at)
+    cos, sin = kernel_cases.random(num_seqs, 2, 32, seed=4, **at).unbind(dim=1)
+    new = warp_attention.NewTokens(*rows.split(2, dim=1), cos, sin)
+    workspace = decode_splits.DecodeWorkspace.allocate(num_seqs, 300, 8, 2, 64, at["device"])
+    decode_splits.plan_decode(starts, lens, workspace)
+    out = torch.zeros(q.shape, **at)
+    where = (*caches, tables, starts, lens, workspace, out)
+    asked: list[bool] = []
+    monkeypatch.setattr(warp_attention, "attend", lambda *_, **__: asked.append(True))
+    assert decode_attention.can_turn(q, *caches, new) == turns
+    decode_attention.decode_attention(q, *where, scale=0.125)
+    assert bool(asked) == turns
+    if not turns:
+        with pytest.raises(ValueError, match="can_turn refuses"):
+            decode_attention.decode_attention(q, *where, scale=0.125, new=new)
+    decode_attention.decode_attention(q, *where, scale=0.125, in_triton=turns)
+    assert asked == [True]  # what was asked for, against the number
 
 
 def test_an_engine_decodes_by_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ class PagedAttention:
         )  # fmt: skip
 
     def prepare(self, metadata: AttentionMetadata) -> PagedStep:
+        # Layers read the plan early: an ordinary launch, the embedding, comes before the first.
         step = PagedStep(
             self._keys, self._values, self._workspace, metadata, self._is_batch_invariant
         )

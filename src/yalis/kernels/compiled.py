@@ -86,8 +86,6 @@ def arch_of(device: torch.device) -> str:
 
 @lru_cache
 def num_processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

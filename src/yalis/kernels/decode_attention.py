@@ -3,8 +3,8 @@
 
 A fixed number of programs share the splits of all sequences (decode_splits.py), so one captured launch
 serves any lengths, and none is idle while another has a long context. Of a sequence's splits the program
-that ends last adds all partial results, in order: the bits follow from the sequence alone, not from what
-runs beside it or who ends last.
+that ends last adds all partial results, in order: the bits follow from the sequence and the kernel, not
+from what runs beside it or who ends last.
 """
 
 from __future__ import annotations
@@ -47,14 +47,17 @@ def decode_attention(
     `[num_seqs, max_num_blocks]` int32. query_starts `[num_seqs + 1]` int32: a sequence's first row in q;
     seq_lens `[num_seqs]` int32: its context with the new token, 0 for a sequence that is padding.
     `window` is one of the workspace's. `plan_decode` comes before, on the same stream. Capturable.
+
     With `new`, which `can_turn` must let pass, q is turned on the way, `new.k` turned and stored, and `new.v`
-    stored; every sequence then has one new token. `in_triton` asks for the kernel below or for that of
-    `warp_attention`; None for the faster one, which follows from the number of sequences.
+    stored; every sequence then has one new token. All but these is read early: an ordinary launch, such as
+    any of torch's, must lie between whatever wrote it, the plan included, and this call.
+
+    None as `in_triton` takes the faster kernel, which follows from the number of sequences; True the one
+    below, False that of `warp_attention` wherever it can run. Raises ValueError for `new` without the latter.
     """
     split_starts = workspace.split_starts[window]
-    if in_triton is None:
-        in_triton = not _is_small(seq_lens.shape[0], key_cache)
-    if not in_triton and warp_attention.takes(q, key_cache, value_cache):
+    can_warp = not in_triton and warp_attention.takes(q, key_cache, value_cache)
+    if can_warp and (in_triton is False or _is_small(seq_lens.shape[0], key_cache)):
         warp_attention.attend(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
             split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
@@ -62,7 +65,8 @@ def decode_attention(
             scale=scale, new=new, num_programs=num_programs,
         )  # fmt: skip
         return
-    assert new is None, "only the kernel in CUDA C++ turns"
+    if new is not None:
+        raise ValueError("new tokens are given that can_turn refuses; call rotate_and_store before")
     num_seqs = seq_lens.shape[0]
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = key_cache.shape[2]
@@ -88,9 +92,9 @@ def can_turn(q: Tensor, key_cache: Tensor, value_cache: Tensor, new: NewTokens) 
     q has a row for each sequence.
     """
     return (
-        _is_small(q.shape[0], key_cache)
-        and warp_attention.takes(q, key_cache, value_cache)
+        warp_attention.takes(q, key_cache, value_cache)
         and warp_attention.takes_new(new)
+        and _is_small(q.shape[0], key_cache)
     )
 
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = x W^T for up to 16 rows of x at the speed of reading W: csrc/few_rows.cuh, compiled when first needed.
 
-While the kernel before it still runs, each block has its first weights on their way into shared memory, and
-two such kernels fit a multiprocessor: memory is busy all the time. A row's bits depend on nothing but the
-row.
+While the kernel before it ends, each block has its first weights on their way into shared memory, which it
+fills: memory is busy all the time. A row's bits depend on nothing but the row.
 """
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,7 +31,8 @@ _ITEM, _CHUNK = 64, 128  # inputs that a warp fetches at once, and then takes be
 _NUM_ANSWERS = 16
 # Of a multiprocessor's 228 KB; a block takes a kilobyte itself, and the attention beside it some more.
 _SHARED_BYTES = 190 << 10
-_GIVEN = 0.85  # of the passes
+# Of the passes: the fastest multiprocessor needs more than the slowest's time for so many.
+_GIVEN = 0.85
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Spec:
                 '#include "few_rows.cuh"',
                 f"using Kernel = yalis::FewRows<yalis::{NUMBERS[self.dtype]}, {numbers}, {gated}>;",
                 f"static_assert(sizeof(yalis::Args) == {ctypes.sizeof(_Args)} && "
-                f'Kernel::kSharedBytes == {self.shared_bytes}, "kernels/few_rows.py counts differently");',
+                f"Kernel::kSharedBytes == {self.shared_bytes} && yalis::kChunk == {_CHUNK}, "
+                '"kernels/few_rows.py counts differently");',
                 # With no more, the attention after it is ready on its multiprocessor when it ends.
                 'extern "C" __global__ void __maxnreg__(64)',
                 f"{ENTRY}(const __grid_constant__ yalis::Args args) {{",
@@ -96,7 +97,6 @@ class _Args(ctypes.Structure):
         ("num_out", ctypes.c_uint32),
         ("num_given", ctypes.c_uint32),
         ("num_ahead", ctypes.c_uint32),
-        ("nothing", ctypes.c_uint32),
     )
 
 
@@ -129,12 +129,19 @@ def multiply_few_rows(
     is_gated: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
-    """x `[num_rows, num_in]` and weight `[num_out, num_in]` to a new `[num_rows, num_out]`. Capturable.
+    """x `[num_rows, num_in]` and weight `[num_out, num_in]` to a new `[num_rows, num_out]`.
 
     `takes` says for which. Sums in float32, rounded once, bias `[num_out]` included. With `is_gated` the
     upper half of the weight's rows are gates, the lower their ups, and the result is silu(gate) * up,
-    `[num_rows, num_out / 2]`, rounded as `silu_and_mul` does.
+    `[num_rows, num_out / 2]`, rounded as `silu_and_mul` does; then there is no bias.
+
+    Capturable on a stream where it was called before. Graphs that were captured on the same stream must not
+    be replayed at the same time.
     """
+    if is_gated and bias is not None:
+        raise ValueError(
+            "a gated product has no bias; multiply without is_gated, then silu_and_mul"
+        )
     num_rows, num_in = x.shape
     num_out = weight.shape[0]
     num_results = num_out // 2 if is_gated else num_out
@@ -177,8 +184,12 @@ def counter(device: torch.device) -> Tensor:
     return _counter(device, stream_of(device))
 
 
-@lru_cache(maxsize=64)
+@cache  # graphs hold its address
 def _counter(device: torch.device, stream: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first product of few rows on this stream is captured; call it once before"
+        )
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 

@@ -2,9 +2,10 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 Every kernel of this folder lets its successor start at once, then waits for its predecessor before it
-reads anything but weights, or writes. So launch latency is hidden, and a matrix product fetches weights
-while it waits. The rule that makes it safe: no kernel skips the wait, so when one has ended all before it
-have.
+writes, or reads what may have been written since the last ordinary launch. An ordinary launch, as torch's
+are, begins when all before it have ended. So launch latency is hidden, and a matrix product fetches
+weights while it waits. The rule that makes it safe: no kernel skips the wait, so when one has ended all
+before it have.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """Let the next kernel start. It may read only weights before its own `wait`."""
+    """Let the next kernel start."""
     if PDL:
         gdc_launch_dependents()
 

@@ -127,7 +127,7 @@ struct DecodeAttention {
 #pragma unroll
             for (int step = 0; step < kSteps; step++) {
                 tokens.key[tile][step] = {};
-                if (base + token < end) tokens.key[tile][step] = load_global(from + step * 64);
+                if (base + token < end) tokens.key[tile][step] = load_early(from + step * 64);
             }
         }
 #pragma unroll
@@ -140,7 +140,7 @@ struct DecodeAttention {
 #pragma unroll
                 for (int half = 0; half < kHalves; half++) {
                     tokens.value[pair][half][i] = {};
-                    if (base + token < end) tokens.value[pair][half][i] = load_global(from + half * 128);
+                    if (base + token < end) tokens.value[pair][half][i] = load_early(from + half * 128);
                 }
             }
     }

@@ -32,7 +32,7 @@ struct Args {
     u32* counter;                 // how often blocks have asked; zero between launches
     u32 num_rows, num_in, num_out;
     u32 num_given;  // passes that a block has without asking; or 0: all, and each the same number of outputs
-    u32 num_ahead;  // passes before one when it is asked for: at least one more than queues reach
+    u32 num_ahead;  // passes before one when its answer is kept: at least one more than queues reach
 };
 
 // Number: Float16 or BFloat16. kRows: rows of x that there is room for. kTiles: tiles of 16 rows of W.

@@ -54,6 +54,9 @@ inline Vector load_global(const char* from) {
     return v;
 }
 
+// The same before the wait: of what was written before the last ordinary launch.
+inline Vector load_early(const char* from) { return load_global(from); }
+
 inline int load_int(const int* from) {
     int value;
     asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(value) : "l"(from));
@@ -70,7 +73,7 @@ inline void store_global(char* to, const Vector& v) {
 inline u32 low_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x5410); }
 inline u32 high_halves(u32 first, u32 second) { return __byte_perm(first, second, 0x7632); }
 
-// Lets the next kernel start once every block has come so far. It may read only weights before its own wait.
+// Lets the next kernel start once every block has come so far. kernels/launch.py has the rule.
 inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // Waits until all earlier kernels have ended and their writes are visible.
