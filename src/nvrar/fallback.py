@@ -35,8 +35,8 @@ def all_reduce_by_torch(
 ) -> None:
     """``torch.distributed.all_reduce`` of any layout of ``x`` into ``out``. Collective.
 
-    ``wait_until`` is a time of ``time.monotonic``, for tensors on the CPU. Work on a GPU is only queued,
-    can be captured in a graph, and has the time limit of the process group.
+    ``wait_until`` is a time of ``time.monotonic``, for tensors on the CPU. Work on a GPU is only queued, and
+    has the time limit of the process group; it can be captured in a graph, whose replays have none.
 
     Raises:
         ArgumentError: the backend lacks the type or the operation; the same on every rank.

@@ -19,7 +19,7 @@ from yalis.weights.loader import Progress
 
 _MOST_DECODES = 256
 # Steps of more take a GPU longer than the host takes to launch them.
-_CHUNK_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_CHUNK_TOKENS = (16, 32, 64, 96, 128, 192, *range(256, 1025, 128))
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -89,7 +89,7 @@ class StepGraphs:
         num_tokens = batch.num_decodes + sum(batch.num_new)
         for shape in self._shapes:
             fits = num_tokens <= shape.num_tokens and num_seqs <= shape.num_seqs
-            if fits and shape.are_chunks == are_chunks:
+            if fits and (shape.are_chunks or not are_chunks):  # at equal sizes, of decodes first
                 return shape
         return None
 

@@ -124,6 +124,11 @@ class Runner:
         return self._tp.all_reduce.describe()
 
     def close(self) -> None:
+        # The end of a group waits for graphs that have captured its calls.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._graphs = None
+        self._graphs_by_all_reduce.clear()
         self._tp.all_reduce.close()
 
     def _forward(self, inputs: StepInputs) -> Tensor:
@@ -173,9 +178,12 @@ class Runner:
         """Of steps that are captured, ascending."""
         options = self._options
         shapes = decode_shapes(options.max_num_seqs)
-        # A batch-invariant prompt attends token by token: not from the shape of its step alone.
+        # Batch-invariant prompts attend token by token, and tokens that pad a step have no sequence.
         if not options.batch_invariant:
-            shapes += chunk_shapes(options.max_num_seqs, options.max_num_batched_tokens)
+            row_bytes = self._config.hidden_size * self._cache_shape.dtype.itemsize
+            most = self._tp.all_reduce.most_bytes // row_bytes
+            most = min(options.max_num_batched_tokens, most)
+            shapes += chunk_shapes(options.max_num_seqs, most) if most else []
         return sorted(shapes)
 
     @torch.inference_mode()

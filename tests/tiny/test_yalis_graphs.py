@@ -52,6 +52,11 @@ def test_a_batch_is_padded_to_the_next_shape() -> None:
     assert shape(0, 64) == StepShape(64, 6, True)
     assert shape(1, 64) is None
     assert shape(6, 1) is None  # more sequences than there is room for
+    graphs._shapes = sorted([*decode_shapes(512), *chunk_shapes(512, 8192)])
+    assert shape(256) == StepShape(256, 256, False)
+    assert shape(257) == StepShape(384, 384, True)
+    assert shape(500, 100) == StepShape(640, 512, True)
+    assert shape(500, 1000) is None
 
 
 @pytest.mark.parametrize(("num_seqs", "num_bytes"), [(16, 5050), (1, 5010)])

@@ -44,9 +44,10 @@ class AttentionMetadata:
     All on the model's device. The first `num_decodes` sequences have one new token each. `max_query_len` and
     `max_seq_len` are bounds known to the host. In a CUDA graph the tensors keep their addresses, the
     contents and with them the lengths change from replay to replay, and `max_seq_len` is the model's
-    greatest length. Rows that pad a graph's batch have length 1 in a block of their own, past those that are
-    handed out. What a block holds past a sequence's length may be NaN: it must be left out, not multiplied
-    by zero.
+    greatest length. What pads a graph's batch lies in a block of its own, past those that are handed out:
+    beside decodes sequences of length 1, beside chunks sequences of none and tokens, past the last entry of
+    `query_starts`, of no sequence. What a block holds past a sequence's length may be NaN: it must be left
+    out, not multiplied by zero.
     """
 
     num_decodes: int

@@ -7,6 +7,7 @@ from it for `add_rms_norm`, which they replace where they can do all of it at on
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,6 +25,11 @@ ALL_REDUCES = ("nvrar", "torch", *SYMM_MEM_ALL_REDUCES)
 
 class AllReduce(Protocol):
     """Sums a tensor over the ranks of the tensor-parallel group."""
+
+    @property
+    def most_bytes(self) -> int:
+        """The largest message whose waits end, also in the replay of a graph."""
+        return sys.maxsize
 
     def __call__(self, x: Tensor) -> Tensor:
         """The sum over all ranks, of `x`'s shape and dtype, the same bits on every rank.
@@ -110,6 +116,12 @@ class NvrarAllReduce(AllReduce):
         self._communicator = nvrar.Communicator(
             group=group, topology=topology, plan=plan, deterministic=deterministic
         )
+
+    @property
+    def most_bytes(self) -> int:
+        return (
+            self._communicator.max_bytes
+        )  # larger ones are torch's, whose watchdog knows no graphs
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._communicator.all_reduce(x, out=x)
