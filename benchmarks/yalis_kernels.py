@@ -222,8 +222,9 @@ class Model:
         angle = torch.rand(batch, shape.head_dim // 2, device=DEVICE)
         self.cos, self.sin = angle.cos().to(BF16), angle.sin().to(BF16)
         self.workspace = DecodeWorkspace.allocate(
-            batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE
-        )
+            batch, context, shape.num_heads, shape.num_kv_heads, shape.head_dim, DEVICE,
+            few=decode.few_sequences(DEVICE, shape.num_kv_heads),
+        )  # fmt: skip
         self.x = random(batch, shape.hidden)
         self.rows = torch.arange(batch, device=DEVICE)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from yalis.attention import AttentionLayer, AttentionMetadata, CacheShape, one_token_each
-from yalis.kernels.decode_attention import can_turn, decode_attention
+from yalis.kernels.decode_attention import can_turn, decode_attention, few_sequences
 from yalis.kernels.decode_splits import DecodeWorkspace, plan_decode
 from yalis.kernels.prefill_attention import prefill_attention
 from yalis.kernels.rotary import rotate_and_store
@@ -51,9 +51,12 @@ class PagedAttention:
         self._values = torch.empty(size, dtype=shape.dtype, device=device)
         self._is_batch_invariant = is_batch_invariant
         num_rows = max(max_num_seqs, _MOST_TOKENS) if is_batch_invariant else max_num_seqs
+        few = None
+        if device.type == "cuda" and not is_batch_invariant:
+            few = few_sequences(device, shape.num_kv_heads)
         self._workspace = DecodeWorkspace.allocate(
             num_rows, max_model_len, num_heads, shape.num_kv_heads, shape.head_dim, device,
-            windows=windows,
+            windows=windows, few=few,
         )  # fmt: skip
 
     def prepare(self, metadata: AttentionMetadata) -> PagedStep:

@@ -55,13 +55,13 @@ def decode_attention(
     None as `in_triton` takes the faster kernel, which follows from the number of sequences; True the one
     below, False that of `warp_attention` wherever it can run. Raises ValueError for `new` without the latter.
     """
-    split_starts = workspace.split_starts[window]
+    split_starts, split = workspace.split_starts[window], workspace.split_for(len(seq_lens))
     can_warp = not in_triton and warp_attention.takes(q, key_cache, value_cache)
     if can_warp and (in_triton is False or _is_small(seq_lens.shape[0], key_cache)):
         warp_attention.attend(
             q, key_cache, value_cache, block_tables, query_starts, seq_lens,
             split_starts, workspace.tickets, workspace.sums, workspace.norms, out,
-            split=workspace.split, most_splits=workspace.most_splits, window=window or EVERYTHING,
+            split=split, most_splits=workspace.most_splits, window=window or EVERYTHING,
             scale=scale, new=new, num_programs=num_programs,
         )  # fmt: skip
         return
@@ -80,7 +80,7 @@ def decode_attention(
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=key_cache.shape[1],
         BLOCK_GROUP=max(triton.next_power_of_2(group), 16), BLOCK_DIM=triton.next_power_of_2(head_dim),
-        BLOCK_SEQS=workspace.room, SPLIT=workspace.split, MOST_SPLITS=workspace.most_splits, TILE=_TILE,
+        BLOCK_SEQS=workspace.room, SPLIT=split, MOST_SPLITS=workspace.most_splits, TILE=_TILE,
         NUM_STAGES=num_stages,
         num_warps=4, **launch_options(q.device),
     )  # fmt: skip
@@ -98,9 +98,13 @@ def can_turn(q: Tensor, key_cache: Tensor, value_cache: Tensor, new: NewTokens) 
     )
 
 
+def few_sequences(device: torch.device, num_kv_heads: int) -> int:
+    """Of up to how many sequences short contexts leave multiprocessors free, so that latency counts."""
+    return num_processors(device) // (2 * num_kv_heads)
+
+
 def _is_small(num_seqs: int, key_cache: Tensor) -> bool:
-    """Whether short contexts of so many sequences leave multiprocessors free: latency counts."""
-    return 2 * num_seqs * key_cache.shape[2] <= num_processors(key_cache.device)
+    return num_seqs <= few_sequences(key_cache.device, key_cache.shape[2])
 
 
 def _num_programs(device: torch.device, num_kv_heads: int) -> int:

@@ -2,7 +2,7 @@
 """Into which splits the contexts of a batch are cut for programs to share, and where their results wait.
 
 What a token sees, its context or a window of it, is cut into splits of `split` tokens, or so many times
-twice as many that a sequence has no more than `most_splits`.
+twice as many that a sequence has no more than `most_splits`. Where sequences are many, fewer splits do.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class DecodeWorkspace:
     # By window [max_num_seqs + 1] int32: how many splits the sequences before have.
     split_starts: dict[int | None, Tensor]
     split: int  # tokens of one, or so many times twice as many
+    few: (
+        int | None
+    )  # of more sequences than these splits are twice as long; None: whatever their number
     most_splits: int  # of a sequence
     tickets: Tensor  # [max_num_seqs, num_kv_heads] int32: how many splits are done; zero between launches
     sums: Tensor  # [num_splits, num_heads, head_dim] float32
@@ -51,6 +54,7 @@ class DecodeWorkspace:
         windows: Sequence[int | None] = (None,),
         split: int = SPLIT,
         most_splits: int | None = None,
+        few: int | None = None,
     ) -> DecodeWorkspace:
         """For layers with these windows: how many tokens one sees, itself included, or None for all."""
         most_splits = most_splits or max(_MOST_PARTS // num_kv_heads, 1)
@@ -59,11 +63,16 @@ class DecodeWorkspace:
         return cls(
             {w: torch.zeros(max_num_seqs + 1, dtype=i32, device=device) for w in set(windows)},
             split,
+            few,
             most_splits,
             torch.zeros((max_num_seqs, num_kv_heads), dtype=i32, device=device),
             torch.empty((num_splits, num_heads, head_dim), dtype=f32, device=device),
             torch.empty((num_splits, num_heads, 2), dtype=f32, device=device),
         )
+
+    def split_for(self, num_seqs: int) -> int:
+        """How long splits begin with a batch of so many sequences, padding included."""
+        return self.split if self.few is None or num_seqs <= self.few else 2 * self.split
 
     @property
     def room(self) -> int:
@@ -77,10 +86,11 @@ def plan_decode(query_starts: Tensor, seq_lens: Tensor, workspace: DecodeWorkspa
 
     query_starts `[num_seqs + 1]` and seq_lens `[num_seqs]`, int32, as `decode_attention` takes them.
     """
+    split = workspace.split_for(len(seq_lens))
     for window, split_starts in workspace.split_starts.items():
         _plan_kernel[(1,)](
             query_starts, seq_lens, split_starts, seq_lens.shape[0], window or EVERYTHING,
-            SPLIT=workspace.split, MOST_SPLITS=workspace.most_splits, BLOCK=workspace.room, num_warps=4,
+            SPLIT=split, MOST_SPLITS=workspace.most_splits, BLOCK=workspace.room, num_warps=4,
             **launch_options(seq_lens.device),
         )  # fmt: skip
 
