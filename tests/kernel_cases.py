@@ -150,7 +150,7 @@ def attentions(device: torch.device, dtype: torch.dtype) -> None:
         q, caches, tables, starts, lens = paged(
             seq_lens, num_new, num_heads, num_kv_heads, head_dim, device=device, dtype=dtype
         )
-        # One more sequence than there are; two splits where there would be three, in one case of double length.
+        # One more sequence than there are; two splits where there would be three, once of double length.
         workspace = DecodeWorkspace.allocate(
             len(seq_lens) + 1, max(seq_lens), num_heads, num_kv_heads, head_dim, device,
             windows=(None, 50, SPLIT + 100) if head_dim <= 80 else (None,), most_splits=2,
