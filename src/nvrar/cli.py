@@ -10,27 +10,19 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rich.console import Console
 
 from nvrar._version import __version__
 from nvrar.commands import bench, info, plan, tune
-from nvrar.commands.common import complain
+from nvrar.commands.common import Parser, complain
 from nvrar.errors import NvrarError
 
 _PIPE_WIDTH = 160  # a table that goes to a file is not to be broken at 80 columns
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is one --help away."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="nvrar", description="An all-reduce for tensor parallelism beyond one node.")
+    top = Parser(prog="nvrar", description="An all-reduce for tensor parallelism beyond one node.")
     top.add_argument("--version", action="version", version=f"nvrar {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (info, plan, bench, tune):

@@ -101,6 +101,15 @@ def rows(
         }
 
 
+def refusal_of_path(path: Path) -> str:
+    """Why no file could be written there; empty if it can be. To be asked before anything is measured."""
+    if path.is_dir():
+        return f"{path} cannot be written: it is a directory; name a file in it"
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        return f"{path} cannot be written: {path.parent} is no directory that may be written to"
+    return ""
+
+
 def write_rows(rows: Iterator[dict[str, Any]], path: Path) -> None:
     """One JSON object a line; replaces what was there."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -147,9 +156,10 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in sorted(environment.items()) if k.startswith(_VARIABLES)}
 
 
-def checkout() -> tuple[str | None, bool | None]:
-    """The commit that this package runs from, and whether its tree was changed; None if installed."""
-    here = Path(__file__).parent
+def checkout(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
+    """The commit that ``source`` is of, and whether any file of it was changed; None if it is of none, as
+    where the package is installed. Files that git does not track do not count."""
+    here = source.parent
 
     def git(*arguments: str) -> str | None:
         try:
@@ -161,9 +171,9 @@ def checkout() -> tuple[str | None, bool | None]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     # An installed package may lie inside somebody else's checkout.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", source.name) is None:
         return None, None
-    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
 
 
 def _distinct(hosts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections import Counter
 from itertools import pairwise
@@ -18,7 +19,7 @@ from nvrar.bench import Measurement, Settings
 from nvrar.cost import MACHINES
 from nvrar.draw import draw, names_of
 from nvrar.launch import Seat, seat
-from nvrar.record import rows, write_rows
+from nvrar.record import checkout, rows, write_rows
 from nvrar.report import headline, picture, table
 from nvrar.testing import reference_all_reduce
 from nvrar.timing import turns
@@ -95,6 +96,24 @@ def test_rows_are_written_a_line_each(tmp_path: Path) -> None:
     write_rows(rows(MEASURED, ABOUT), tmp_path / "rows.jsonl")
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line)["contender"] for line in lines] == ["torch", "nvrar"] * 2
+
+
+def test_a_checkout_is_dirty_where_its_own_files_were_changed(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    source, beside = tmp_path / "source.py", tmp_path / "results.json"
+    source.write_text("1\n")
+    git("init", "--quiet")
+    assert checkout(source) == (None, None)  # as a package installed inside a clone
+    git("add", "source.py")
+    git("commit", "--quiet", "--message", "x")
+    beside.write_text("{}")
+    assert checkout(source) == (git("rev-parse", "HEAD"), False)
+    source.write_text("2\n")
+    assert checkout(source) == (git("rev-parse", "HEAD"), True)
 
 
 def test_the_table_shows_ratio_prediction_and_fallback() -> None:

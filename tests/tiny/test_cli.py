@@ -134,6 +134,8 @@ def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path
         ("bench --timeout 0", ["timeout", "0 s", "above 0"]),
         ("bench --plot x.gif", ["x.gif", ".svg"]),
         ("bench --json /nowhere/x.jsonl", ["/nowhere/x.jsonl", "directory"]),
+        ("bench --json /", ["/ cannot be written", "name a file in it"]),
+        ("bench --node 3", ["unrecognized", "--node"]),
         ("bench --eager", ["--eager", "--device cuda"]),
         ("bench --device cuda --eager --interleaved", ["--interleaved", "--eager"]),
         ("tune --sizes 1001", ["1001", "multiple of the 2 bytes"]),

@@ -58,7 +58,7 @@ def start(topology: Topology, device: str, largest_bytes: int, options: argparse
         )
     return start_local_workers(
         topology.world_size,
-        [sys.executable, "-m", "nvrar.cli", *options.command_line[1:]],
+        [sys.executable, "-m", "nvrar", *options.command_line[1:]],
         {"NVRAR_RANKS_PER_NODE": str(topology.ranks_per_node)},
     )
 

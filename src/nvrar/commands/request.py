@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvrar.bench import Settings
-from nvrar.commands.common import count, machine_from
+from nvrar.commands.common import at_least, count, machine_from
 from nvrar.contenders import BASELINE
 from nvrar.cost import Machine
 from nvrar.errors import ArgumentError
 from nvrar.host import DTYPES, OPS, type_name
 from nvrar.plan import PLAN_NAMES, Plan
+from nvrar.record import refusal_of_path
 from nvrar.report import PICTURES
 from nvrar.topology import Topology
 from nvrar.units import parse_size
@@ -63,7 +63,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--iterations", type=count, default=20, help="samples a round (20)")
     how.add_argument("--rounds", type=count, default=4, help="rounds of all contenders (4)")
-    how.add_argument("--warmup", type=int, default=5, help="calls before the first round (5)")
+    how.add_argument(
+        "--warmup", type=at_least(0), default=5, help="calls before the first round (5)"
+    )
     how.add_argument("--max-bytes", metavar="SIZE", help="of the communicators; default: no limit")
     how.add_argument("--executor", default="auto", choices=("auto", "host"))
     how.add_argument("--timeout", type=float, default=60.0, help="seconds for any wait (60)")
@@ -137,10 +139,8 @@ class Request:
                 self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return f"--out {self.directory} cannot be made: {error.strerror}"
-        for path in (self.rows_path, self.picture_path):
-            if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-                return f"{path} cannot be written: {path.parent} is no directory that may be written to"
-        return ""
+        paths = (path for path in (self.rows_path, self.picture_path) if path is not None)
+        return next(filter(None, map(refusal_of_path, paths)), "")
 
 
 def _timings(options: argparse.Namespace) -> tuple[str, ...]:
