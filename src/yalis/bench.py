@@ -43,9 +43,15 @@ class Workload:
         """Raise ConfigError when outputs would be cut short."""
         longest = max(prompt + output for prompt, output in self.lengths)
         if longest > llm.max_model_len:
+            most = llm.config.max_position_embeddings
+            bound = f"max_model_len {llm.max_model_len}; use shorter ones"
+            bound += (
+                f", or raise it up to {most}"
+                if llm.max_model_len < most
+                else "; the model allows no more"
+            )
             raise ConfigError(
-                f"prompt and output together have {longest} tokens, more than max_model_len "
-                f"{llm.max_model_len}; use shorter ones, or raise max_model_len if the model allows more"
+                f"prompt and output together have {longest} tokens, more than {bound}"
             )
 
     @property

@@ -8,6 +8,7 @@ Two dialects are about: transformers 5 writes `dtype` and `rope_parameters` wher
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,10 @@ class ModelConfig:
         """Read `folder`/config.json. Raises CheckpointError (unreadable) or ConfigError (unsupported)."""
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder; give the path of a Hugging Face checkpoint"
-            )
+            remedy = "give the path of a Hugging Face checkpoint"
+            if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder)):
+                remedy = f"nothing is downloaded: run `hf download {folder} --local-dir DIR`, then give DIR"
+            raise CheckpointError(f"{folder} is not a folder; {remedy}")
         raw = read_json(path)
         generation = Path(folder) / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.exists() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import nvrar
 from yalis.config import DTYPES, ModelConfig
 from yalis.device import device_type
 from yalis.errors import ConfigError
@@ -77,6 +78,7 @@ class EngineOptions:
                 f"all_reduce_plan is {self.all_reduce_plan!r}, but all_reduce is {self.all_reduce!r}, "
                 'which follows no plan; use all_reduce="nvrar" or leave the plan out'
             )
+        self._check_plan()
         if self.batch_invariant and self.all_reduce != "nvrar" and self.tensor_parallel_size > 1:
             raise ConfigError(
                 f"batch_invariant is set, but all_reduce is {self.all_reduce!r}, whose sums depend on the "
@@ -87,6 +89,20 @@ class EngineOptions:
         _require_one_of("device", self.device, DEVICES)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed is {self.seed!r}; give an integer")
+
+    def _check_plan(self) -> None:
+        word, num_ranks = self.all_reduce_plan, self.tensor_parallel_size
+        if not isinstance(word, str):
+            raise ConfigError(
+                f'all_reduce_plan is {word!r}; give a word, such as "auto" or "one-shot"'
+            )
+        if word == "auto":
+            return
+        try:
+            # Where ranks turn out to share nodes in another way, their number stays, and so what fits it.
+            nvrar.Plan.resolve(word, nvrar.Topology(self.num_nodes, num_ranks // self.num_nodes))
+        except nvrar.NvrarError as error:
+            raise ConfigError(f"all_reduce_plan: {error}") from None
 
     def check_against(self, model: ModelConfig) -> None:
         """Raise ConfigError where this model cannot be served so."""

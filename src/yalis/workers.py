@@ -15,11 +15,10 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import nvrar
 from yalis.config import ModelConfig
 from yalis.core import Batch, Request, StepResult
 from yalis.device import device_type, require_gpus
-from yalis.errors import ConfigError, WorkerError
+from yalis.errors import WorkerError
 from yalis.messages import (
     Answer,
     Describe,
@@ -53,8 +52,9 @@ class WorkerGroup:
     def __init__(
         self, options: EngineOptions, config: ModelConfig, on_progress: Progress | None
     ) -> None:
-        _check(options)
         num_ranks = options.tensor_parallel_size
+        if device_type(options.device) == "cuda":
+            require_gpus(num_ranks)
         # The store lives here, not in a rank: so a dying rank takes nobody's meeting point with it.
         self._store = open_store(_HOST, 0, is_host=True)
         pairs = [socket.socketpair() for _ in range(num_ranks)]
@@ -223,18 +223,6 @@ def _describe(words: Mapping[int, Failed], exits: Mapping[int, int], pids: list[
         return "a rank closed its connection; all ranks have been stopped"
     rank, word = min(words.items(), key=lambda item: (item[1].is_echo, item[1].at_s))
     return f"rank {rank} failed: {word.summary}; all ranks have been stopped\n\n{word.traceback}"
-
-
-def _check(options: EngineOptions) -> None:
-    num_ranks = options.tensor_parallel_size
-    if device_type(options.device) == "cuda":
-        require_gpus(num_ranks)
-    if options.all_reduce == "nvrar" and options.all_reduce_plan != "auto":
-        topology = nvrar.Topology(options.num_nodes, num_ranks // options.num_nodes)
-        try:
-            nvrar.Plan.resolve(options.all_reduce_plan, topology)
-        except nvrar.NvrarError as error:
-            raise ConfigError(f"all_reduce_plan: {error}") from None
 
 
 def _worker_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:

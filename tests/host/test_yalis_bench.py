@@ -95,8 +95,13 @@ def test_a_run_takes_every_step_once(model: str) -> None:
         assert len(done.first_token_s) == 2
         assert 0 < max(done.first_token_s) == done.prefill_s < done.elapsed_s
         assert sum(done.step_s) < done.elapsed_s
-        with pytest.raises(ConfigError, match=r"3000 tokens, more than max_model_len 2048"):
+        with pytest.raises(ConfigError, match=r"3000 .* max_model_len 2048; .* allows no more"):
             Workload.uniform(1, 2000, 1000).check(llm)
+    with (
+        LLM(model, max_model_len=64, load_format="dummy") as llm,
+        pytest.raises(ConfigError, match=r"65 .* max_model_len 64; .*raise it up to 2048"),
+    ):
+        Workload.uniform(1, 60, 5).check(llm)
 
 
 def test_a_run_of_requests_that_fail_is_none(model: str) -> None:

@@ -181,6 +181,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
      r"adds float32 and bfloat16, and dtype is float16; use dtype=.bfloat16."),
     ({"tensor_parallel_size": 4, "all_reduce_plan": "split:3"}, r"all_reduce_plan: .*"),
     ({"tensor_parallel_size": 4, "all_reduce_plan": "fast"}, r"all_reduce_plan: .*"),
+    ({"all_reduce_plan": "fast"}, r"all_reduce_plan: .*'fast'"),
+    ({"all_reduce_plan": "split:2"}, r"all_reduce_plan: plan 'split:2' is for 2 ranks"),
+    ({"all_reduce_plan": None}, r"all_reduce_plan is None; give a word"),
     ({"all_reduce": "torch", "all_reduce_plan": "nvrar"}, r"all_reduce_plan is 'nvrar', but"),
     ({"all_reduce": "torch", "tensor_parallel_size": 2, "batch_invariant": True},
      r"all_reduce is 'torch', whose sums depend"),
@@ -219,6 +222,15 @@ def test_key_value_heads_that_can_be_neither_split_nor_replicated(model: Path) -
 def test_a_path_that_is_no_folder(path: str, model: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder; give the path"):
         LLM(str(model / path))
+
+
+def test_a_name_on_the_hub_is_not_downloaded() -> None:
+    name = "meta-llama/Llama-3.1-8B"
+    with pytest.raises(CheckpointError, match=f"`hf download {name} --local-dir DIR`"):
+        LLM(name)
+    with pytest.raises(CheckpointError, match="is not a folder") as caught:
+        LLM("/no/such")
+    assert "hf download" not in str(caught.value)
 
 
 def test_end_tokens_that_are_no_tokens_are_left_out(model: Path) -> None:
