@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nvrar import NvrarError
+from nvrar import NvrarError, __version__
+from nvrar.commands.common import Parser, count
 from yalis.commands import bench
-from yalis.commands.common import add_model_options, is_first_rank, make_llm
+from yalis.commands.common import ALL_REDUCE_HELP, add_model_options, is_first_rank, make_llm
+from yalis.config import DTYPES
 from yalis.errors import ConfigError, WorkerError, YalisError
 from yalis.outputs import RequestOutput
 from yalis.parallel.all_reduce import ALL_REDUCES
@@ -56,11 +58,16 @@ def _generate(args: argparse.Namespace) -> None:
             f"{args.model}/tokenizer.json is missing, and prompts are texts; add it, or give token ids to "
             "LLM.generate, or measure with yalis bench, which draws its own"
         )
+    if args.logprobs is not None and not args.json:
+        raise ConfigError("--logprobs is shown as JSON only; add --json, or leave it out")
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        min_p=args.min_p,
+        n=args.n,
+        logprobs=args.logprobs,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
     )
@@ -91,8 +98,8 @@ def _printable(text: str) -> str:
 
 def _make_checkpoint(args: argparse.Namespace) -> None:
     folder = Path(args.path)
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; remove it, or choose another path")
+    _check_folder(folder)
+    _check_heads(args)
     make_checkpoint(
         folder,
         num_shards=args.shards,
@@ -110,10 +117,34 @@ def _make_checkpoint(args: argparse.Namespace) -> None:
     print(folder)
 
 
+def _check_folder(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file, not a folder; choose another path")
+    if there == folder and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; remove it, or choose another path")
+
+
+def _check_heads(args: argparse.Namespace) -> None:
+    """As the model would say it, but by the names of the options."""
+    size, heads, kv_heads = args.hidden_size, args.heads, args.kv_heads or args.heads
+    if size % (2 * heads):
+        raise ConfigError(
+            f"--hidden-size {size} over --heads {heads} is no even whole number, which a head's size must "
+            f"be; give a multiple of {2 * heads}, or other heads"
+        )
+    if heads % kv_heads:
+        raise ConfigError(
+            f"--kv-heads {kv_heads} does not divide --heads {heads}, and every one serves equally many; give "
+            "one that does"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="yalis", description=__doc__)
+    parser = Parser(prog="yalis", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"yalis {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="log, and show errors in full")
 
     text = "continue prompts with a model"
@@ -122,17 +153,29 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add_model_options(generate)
     add("--prompt", action="append", required=True, help="text to continue; may be given again")
-    add("--all-reduce", choices=ALL_REDUCES, default="nvrar")
-    add("--max-tokens", type=int, default=64, metavar="N")
-    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0 is all")
     add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw from the likeliest that sum to P",
+        "--all-reduce",
+        choices=ALL_REDUCES,
+        default="nvrar",
+        metavar="NAME",
+        help=f"{ALL_REDUCE_HELP} (default: nvrar)",
     )
+    add("--n", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
+    add("--max-tokens", type=int, default=64, metavar="N", help="of each output (default: 64)")
+    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K likeliest (default: 0, all)",
+    )
+    text = "draw from the likeliest that sum to P (default: 1, all)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    text = "draw from those at least P times as likely as the likeliest (default: 0, all)"
+    add("--min-p", type=float, default=0.0, metavar="P", help=text)
+    text = "with --json: log probabilities of each token and of the K likeliest"
+    add("--logprobs", type=int, metavar="K", help=text)
     add(
         "--stop",
         action="append",
@@ -150,15 +193,17 @@ def _parser() -> argparse.ArgumentParser:
     make.set_defaults(run=_make_checkpoint)
     add = make.add_argument
     add("path", help="folder to write; it must be empty or missing")
-    add("--layers", type=int, default=4, metavar="N")
-    add("--hidden-size", type=int, default=128, metavar="N")
-    add("--intermediate-size", type=int, metavar="N", help="default: 2.75 times the hidden size")
-    add("--heads", type=int, default=8, metavar="N")
-    add("--kv-heads", type=int, metavar="N", help="default: as many as heads")
-    add("--vocab", type=int, default=512, metavar="N")
-    add("--max-positions", type=int, default=2048, metavar="N")
+    add("--layers", type=count, default=4, metavar="N", help="default: 4")
+    add("--hidden-size", type=count, default=128, metavar="N", help="default: 128")
+    text = "default: 2.75 times the hidden size"
+    add("--intermediate-size", type=count, metavar="N", help=text)
+    add("--heads", type=count, default=8, metavar="N", help="of attention (default: 8)")
+    add("--kv-heads", type=count, metavar="N", help="of keys and values (default: as many)")
+    add("--vocab", type=count, default=512, metavar="N", help="tokens (default: 512)")
+    text = "longest prompt and output together (default: 2048)"
+    add("--max-positions", type=count, default=2048, metavar="N", help=text)
     add("--tie", action="store_true", help="share the embedding with the output head")
-    add("--dtype", default="float32", help="float32, bfloat16 or float16")
-    add("--shards", type=int, default=2, metavar="N", help="safetensors files")
-    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    add("--shards", type=count, default=2, metavar="N", help="safetensors files (default: 2)")
+    add("--seed", type=int, default=0, help="of the weights (default: 0)")
     return parser

@@ -18,7 +18,7 @@ from yalis.models.decoder import CausalLM
 from yalis.parallel.group import Placement, TensorParallel
 from yalis.tokenizer import Tokenizer
 from yalis.weights.dummy import random_weight
-from yalis.weights.loader import weight_parts
+from yalis.weights.loader import WeightPart, weight_parts
 
 _SPECIAL_TOKENS = ("<s>", "</s>")
 
@@ -54,16 +54,22 @@ def make_checkpoint(
     tokenizer.json (a byte-level BPE, so any text survives the round trip), tokenizer_config.json, and
     `num_shards` safetensors files with their index. `overrides` replace fields of config.json. A
     vocabulary larger than the built-in prose can teach leaves its last ids without a text.
+
+    Raises ConfigError, and has written nothing then, for what no model can have.
     """
     folder = Path(folder)
     raw = config_json(dtype, **overrides)
     config = ModelConfig.from_dict(raw)
+    parts = _weight_parts(config, num_shards)
+    _check_vocabulary(config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", raw)
     ends = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
     _write_json(folder / "generation_config.json", ends)
     _write_tokenizer(folder, config.vocab_size)
-    _write_weights(folder, config, num_shards, seed, _textless_ids(folder, config.vocab_size))
+    _write_weights(
+        folder, config, parts, num_shards, seed, _textless_ids(folder, config.vocab_size)
+    )
     return folder
 
 
@@ -99,15 +105,25 @@ def _textless_ids(folder: Path, vocab_size: int) -> list[int]:
     return [i for i, text in enumerate(texts) if not text.isprintable() or text in ("", "\ufffd")]
 
 
-def _write_weights(
-    folder: Path, config: ModelConfig, num_shards: int, seed: int, textless_ids: list[int]
-) -> None:
+def _weight_parts(config: ModelConfig, num_shards: int) -> list[WeightPart]:
+    """The model's tensors, which `num_shards` files can hold."""
     at = Placement(TensorParallel.single(), torch.float32, torch.device("meta"))
     parts = list(weight_parts(CausalLM(config, at)))
     if not 1 <= num_shards <= len(parts):
         raise ConfigError(
             f"num_shards is {num_shards}; give 1 to {len(parts)}, the number of tensors"
         )
+    return parts
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    parts: list[WeightPart],
+    num_shards: int,
+    seed: int,
+    textless_ids: list[int],
+) -> None:
     file_of: dict[str, str] = {}
     num_bytes = 0
     for shard in range(num_shards):
@@ -127,13 +143,16 @@ def _write_weights(
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def _check_vocabulary(vocab_size: int) -> None:
     smallest = len(tokenizers.pre_tokenizers.ByteLevel.alphabet()) + len(_SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ConfigError(
             f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {smallest}: every byte "
             "and the special tokens"
         )
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import nvrar
 from yalis import LLM, SamplingParams, WorkerError
 from yalis.cli import main
 
@@ -99,8 +100,37 @@ def test_generate_prints_text_that_cannot_steer_the_terminal(
         (["generate", "MODEL", "--prompt", "x", "--tensor-parallel-size", "3"], "does not divide"),
         (["generate", "MODEL", "--prompt", "x", "--dtype", "int8"], "dtype is 'int8'"),
         (["make-checkpoint", "MODEL"], "is not empty"),
-        (["make-checkpoint", "MODEL/new", "--heads", "3"], "hidden_size 128 is not a multiple"),
-        (["make-checkpoint", "MODEL/config.json/x"], "Not a directory"),
+        (["make-checkpoint", "MODEL/new", "--heads", "3"], "--hidden-size 128 over --heads 3"),
+        (["make-checkpoint", "MODEL/new", "--hidden-size", "24"], "give a multiple of 16"),
+        (
+            ["make-checkpoint", "MODEL/new", "--kv-heads", "3"],
+            "--kv-heads 3 does not divide --heads 8",
+        ),
+        (
+            ["make-checkpoint", "MODEL/new", "--vocab", "9"],
+            "vocab_size is 9; a byte-level tokenizer",
+        ),
+        (["make-checkpoint", "MODEL/new", "--shards", "99"], "num_shards is 99; give 1 to"),
+        (["make-checkpoint", "MODEL/config.json"], "config.json is a file, not a folder"),
+        (["make-checkpoint", "MODEL/config.json/x"], "config.json is a file, not a folder"),
+        (["generate", "org/name", "--prompt", "x"], "`hf download org/name --local-dir DIR`"),
+        (["generate", "MODEL", "--prompt", "x", "--logprobs", "1"], "add --json"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--all-reduce-plan", "fast"],
+            "all_reduce_plan: 'fast'",
+        ),
+        (
+            ["bench", "latency", "/no/such", "--batch-size", "300"],
+            "300 is above --max-num-seqs 256",
+        ),
+        (
+            ["bench", "latency", "/no/such", "--batch-size", "9", "--max-num-batched-tokens", "8"],
+            "--batch-size 9 is above --max-num-batched-tokens 8",
+        ),
+        (
+            ["bench", "throughput", "/no/such", "--json", "/nowhere/x"],
+            "--json /nowhere/x cannot be",
+        ),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
@@ -113,6 +143,61 @@ def test_an_error_is_one_line_and_status_two(
     assert err.startswith("yalis: error: ")
     assert message in err
     assert err.count("\n") == 1
+    assert not Path(model, "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("generate M", ["--prompt"]),
+        ("generate M --prompt x --tensor-parallel-size 0", ["'0'", "at least 1"]),
+        ("generate M --prompt x --tensor 2", ["unrecognized", "--tensor"]),
+        ("generate M --prompt x --all-reduce nccl", ["nccl", "symm-one-shot"]),
+        ("generate M --prompt x --max-model-len 0", ["--max-model-len", "'0'", "at least 1"]),
+        ("bench latency M --batch-size x", ["--batch-size", "'x'", "whole number of at least 1"]),
+        ("bench latency M --batch-size 0", ["--batch-size", "'0'", "whole number of at least 1"]),
+        ("bench latency M --warmup -1", ["--warmup", "'-1'", "at least 0"]),
+        ("bench latency M --memory-gbps 0", ["--memory-gbps", "'0'", "above 0"]),
+        ("bench latency M --memory-gbps inf", ["--memory-gbps", "'inf'", "finite"]),
+        ("bench latency M --batch 2", ["unrecognized", "--batch"]),
+        ("bench throughput M --range-ratio 1.5", ["--range-ratio", "'1.5'", "from 0 to 1"]),
+        ("bench throughput M --range-ratio half", ["--range-ratio", "'half'", "from 0 to 1"]),
+        ("make-checkpoint M --dtype int8", ["--dtype", "int8", "bfloat16"]),
+        ("make-checkpoint M --layers 0", ["--layers", "'0'", "at least 1"]),
+    ],
+)
+def test_an_option_that_does_not_read_is_one_line(
+    command: str, says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command.split())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    for word in says:
+        assert word in err
+
+
+def test_the_version_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"yalis {nvrar.__version__}\n"
+
+
+def test_generate_draws_several_and_says_how_likely_their_tokens_were(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawing = ["--temperature", "1", "--min-p", "0.01", "--n", "3", "--logprobs", "2"]
+    assert (
+        main(["generate", model, "--prompt", "Once", *drawing, "--max-tokens", "4", "--json"]) == 0
+    )
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["index"] for one in said] == [0, 1, 2]
+    for one in said:
+        assert len(one["logprobs"]) == len(one["token_ids"]) > 0
+        for token_id, likely in zip(one["token_ids"], one["logprobs"], strict=True):
+            assert 2 <= len(likely) <= 3
+            assert likely[str(token_id)]["logprob"] < 0
 
 
 def test_a_worker_that_fails_is_quoted_in_full(

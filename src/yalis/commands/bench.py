@@ -8,6 +8,7 @@ of them in turns, with the same weights in the same processes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import statistics
@@ -22,9 +23,11 @@ import torch
 
 import nvrar
 from nvrar import record
+from nvrar.commands.common import Parser, at_least, count
 from yalis.bench import Run, Workload, percentile, run
-from yalis.commands.common import add_model_options, is_first_rank, make_llm
+from yalis.commands.common import ALL_REDUCE_HELP, add_model_options, is_first_rank, make_llm
 from yalis.device import device_type
+from yalis.errors import ConfigError
 from yalis.llm import LLM
 from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.progress import TerminalProgress
@@ -34,7 +37,7 @@ Row = dict[str, Any]
 Subparsers = Any  # argparse's own type is private
 
 
-def add(commands: Subparsers, common: argparse.ArgumentParser) -> None:
+def add(commands: Subparsers, common: Parser) -> None:
     text = "measure latency or throughput"
     kinds = commands.add_parser("bench", help=text, description=text).add_subparsers(
         required=True, metavar="KIND"
@@ -42,26 +45,26 @@ def add(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     text = "time to the first token and between tokens, for requests that arrive together"
     latency = _add_kind(kinds, "latency", text, _latency, common)
     add = latency.add_argument
-    add("--batch-size", type=_count, action="append", metavar="N", help="default 1; again for more")
-    add("--prompt-len", type=_count, default=128, metavar="N", help="tokens (default: 128)")
-    add("--output-len", type=_count, default=128, metavar="N", help="tokens (default: 128)")
-    add("--iterations", type=_count, default=3, metavar="N", help="runs of each (default: 3)")
-    add("--memory-gbps", type=float, metavar="GB/s", help="to compare with (default: measured)")
+    add("--batch-size", type=count, action="append", metavar="N", help="default 1; again for more")
+    add("--prompt-len", type=count, default=128, metavar="N", help="tokens (default: 128)")
+    add("--output-len", type=count, default=128, metavar="N", help="tokens (default: 128)")
+    add("--iterations", type=count, default=3, metavar="N", help="runs of each (default: 3)")
+    add("--memory-gbps", type=_speed, metavar="GB/s", help="to compare with (default: measured)")
 
     text = "tokens a second, for many requests of random lengths"
     throughput = _add_kind(kinds, "throughput", text, _throughput, common)
     add = throughput.add_argument
-    add("--num-prompts", type=_count, default=256, metavar="N", help="requests (default: 256)")
-    add("--prompt-len", type=_count, default=512, metavar="N", help="mean tokens (default: 512)")
-    add("--output-len", type=_count, default=128, metavar="N", help="mean tokens (default: 128)")
+    add("--num-prompts", type=count, default=256, metavar="N", help="requests (default: 256)")
+    add("--prompt-len", type=count, default=512, metavar="N", help="mean tokens (default: 512)")
+    add("--output-len", type=count, default=128, metavar="N", help="mean tokens (default: 128)")
     add(
         "--range-ratio",
-        type=float,
+        type=_share,
         default=0.5,
         metavar="R",
         help="lengths spread by this share of the mean (default: 0.5)",
     )
-    add("--iterations", type=_count, default=1, metavar="N", help="runs of each (default: 1)")
+    add("--iterations", type=count, default=1, metavar="N", help="runs of each (default: 1)")
 
 
 def _add_kind(
@@ -69,11 +72,9 @@ def _add_kind(
     name: str,
     text: str,
     measure: Callable[[argparse.Namespace, LLM], Iterator[Row]],
-    common: argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name, parents=[common], help=text, description=text
-    )
+    common: Parser,
+) -> Parser:
+    parser: Parser = kinds.add_parser(name, parents=[common], help=text, description=text)
     parser.set_defaults(run=_run, measure=measure, kind=name)
     add_model_options(parser, load_format="dummy")
     add = parser.add_argument
@@ -82,16 +83,20 @@ def _add_kind(
         choices=ALL_REDUCES,
         action="append",
         metavar="NAME",
-        help=f"{', '.join(ALL_REDUCES)}; may be given again (default: nvrar)",
+        help=f"{ALL_REDUCE_HELP}; again for more, in turns (default: nvrar)",
     )
-    add("--max-num-seqs", type=_count, default=256, metavar="N", help="sequences in a step")
-    add("--max-num-batched-tokens", type=_count, default=8192, metavar="N", help="tokens in a step")
-    add("--warmup", type=int, default=1, metavar="N", help="runs before those that count")
+    text = "most sequences in a step (default: 256)"
+    add("--max-num-seqs", type=count, default=256, metavar="N", help=text)
+    text = "most tokens in a step (default: 8192)"
+    add("--max-num-batched-tokens", type=count, default=8192, metavar="N", help=text)
+    text = "runs before those that count (default: 1)"
+    add("--warmup", type=at_least(0), default=1, metavar="N", help=text)
     add("--json", type=Path, metavar="FILE", help="write a JSON object a line, with provenance")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
+    _check(args)
     names = args.all_reduce = list(dict.fromkeys(args.all_reduce or ["nvrar"]))
     about = _provenance(args)
     start_s = time.monotonic()
@@ -115,6 +120,22 @@ def _run(args: argparse.Namespace) -> None:
         print(_line(row))
     if args.json:
         record.write_rows(iter(rows), args.json)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what would only fail, or measure something else, after a long load."""
+    largest = max(getattr(args, "batch_size", None) or [1])
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        most = getattr(args, name)
+        if largest > most:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"--batch-size {largest} is above {option} {most}, so its requests would take turns and be "
+                f"no batch; give a smaller one, or {option} {largest}"
+            )
+    refusal = record.refusal_of_path(args.json) if args.json and is_first_rank() else ""
+    if refusal:
+        raise ConfigError(f"--json {refusal}")
 
 
 def _latency(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
@@ -237,8 +258,22 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 3)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+def _share(text: str) -> float:
+    number = _number(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return number
+
+
+def _speed(text: str) -> float:
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # within no bounds

@@ -6,11 +6,18 @@ from __future__ import annotations
 import argparse
 import os
 
+from nvrar.commands.common import count
+from nvrar.plan import PLAN_NAMES
 from nvrar.units import parse_size
 from yalis.llm import LLM
 from yalis.options import DEVICES, LOAD_FORMATS
 from yalis.parallel.launcher import detect
 from yalis.weights.loader import Progress
+
+ALL_REDUCE_HELP = (
+    "what sums over the ranks: nvrar; torch, which is gloo or NCCL; or on GPUs of one node torch's "
+    "symm-one-shot or symm-two-shot"
+)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "auto") -> None:
@@ -19,24 +26,44 @@ def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "au
     add("model", help="folder of a checkpoint in the Hugging Face layout")
     add(
         "--tensor-parallel-size",
-        type=int,
+        type=count,
         metavar="N",
         help="ranks (default: the launcher's, or 1)",
     )
     add(
-        "--num-nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over"
+        "--num-nodes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="nodes that local ranks play; leave it out under a launcher, where nvrar finds out who "
+        "shares one (default: 1)",
     )
-    add("--all-reduce-plan", default="auto", metavar="WORD", help='e.g. "split:2 exchange:2"')
-    add("--seed", type=int, default=0, help="of the draws, and of dummy weights")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add(
+        "--all-reduce-plan",
+        default="auto",
+        metavar="WORD",
+        help=f"of nvrar, for all sizes: {', '.join(PLAN_NAMES)}, or levels such as "
+        '"split:2 exchange:2", as nvrar plan shows them (default: auto, which chooses for each size)',
+    )
+    add("--seed", type=int, default=0, help="of the draws, and of dummy weights (default: 0)")
+    add(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16 or float16 (default: auto, the checkpoint's)",
+    )
     add(
         "--load-format",
         choices=LOAD_FORMATS,
         default=load_format,
         help=f"dummy: random weights (default: {load_format})",
     )
-    add("--device", choices=DEVICES, default="auto")
-    add("--max-model-len", type=int, metavar="N", help="longest prompt and output together")
+    add("--device", choices=DEVICES, default="auto", help="default: a GPU where there is one")
+    add(
+        "--max-model-len",
+        type=count,
+        metavar="N",
+        help="longest prompt and output together (default: the model's)",
+    )
     add(
         "--gpu-memory-utilization",
         type=float,
