@@ -4,7 +4,8 @@
     yalis make-checkpoint /tmp/tiny-llama
     python examples/generate.py /tmp/tiny-llama "Once upon a time"
 
-The same file works under `torchrun --nproc-per-node 4`: the ranks then join instead of being started.
+Under `torchrun --nproc-per-node 4` the same file works too: its ranks, which must be four, join instead of
+being started, and the first prints.
 """
 
 import os
@@ -23,4 +24,8 @@ def main(model: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(
+            'give a checkpoint and a prompt: python examples/generate.py MODEL "Once upon a time"'
+        )
     main(*sys.argv[1:])

@@ -23,7 +23,11 @@ if [[ ${1:-} == --netns ]]; then
     exec python "$here/../tests/netns.py" --hosts 2 --rate 100mbit -- "$here/two_nodes.sh" "${@:2}"
 fi
 
-: "${HEAD:?is the name of the first node, such as HEAD=node17}"
+if [[ -z ${HEAD:-} ]]; then
+    echo "$0: HEAD is not set; give a name or address of one of the nodes, as both reach it, in front of the" \
+        "command: HEAD=node17 $0" >&2
+    exit 2
+fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [[ -n ${IFNAME:-} ]]; then
     export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=$IFNAME

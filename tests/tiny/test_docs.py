@@ -74,6 +74,17 @@ def test_the_graph_example_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
         runpy.run_path(str(ROOT / "examples" / "graph.py"), run_name="__main__")
 
 
+def test_the_examples_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    with pytest.raises(SystemExit, match=r"a checkpoint and a prompt: .* MODEL"):
+        runpy.run_path(str(ROOT / "examples" / "generate.py"), run_name="__main__")
+    monkeypatch.delenv("HEAD", raising=False)
+    script = ["bash", ROOT / "examples" / "two_nodes.sh"]
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert "HEAD is not set; give a name or address" in ran.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

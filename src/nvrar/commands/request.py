@@ -29,6 +29,7 @@ def add_sizes(group: argparse._ArgumentGroup, default: str) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    default = "default: %(default)s"
     sizes = parser.add_argument_group("what")
     add_sizes(sizes, "1K,4K,16K,64K,256K,1M")
     sizes.add_argument(
@@ -37,15 +38,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"auto, {', '.join(PLAN_NAMES)} or words such as 'split:2 exchange:2'; torch is always "
         "there (default: %(default)s)",
     )
-    sizes.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_NAMES))
-    sizes.add_argument("--op", default="sum", choices=OPS)
+    sizes.add_argument("--dtype", default="bfloat16", choices=sorted(DTYPE_NAMES), help=default)
+    sizes.add_argument("--op", default="sum", choices=OPS, help=default)
     sizes.add_argument(
         "--virtual",
         metavar="NxG",
         help="N nodes of G ranks, all on one GPU: whether each plan's kernels are right; no network's times",
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    how.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=default)
     how.add_argument(
         "--eager",
         action="store_true",
@@ -67,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--warmup", type=at_least(0), default=5, help="calls before the first round (5)"
     )
     how.add_argument("--max-bytes", metavar="SIZE", help="of the communicators; default: no limit")
-    how.add_argument("--executor", default="auto", choices=("auto", "host"))
+    how.add_argument("--executor", default="auto", choices=("auto", "host"), help=default)
     how.add_argument("--timeout", type=float, default=60.0, help="seconds for any wait (60)")
     out = parser.add_argument_group("where to")
     out.add_argument("--out", metavar="DIR", help="bench.jsonl and bench.svg go there")
