@@ -53,6 +53,11 @@ def test_all_reduces_are_measured_side_by_side(
         assert row["memory_share"] == pytest.approx(row["gbps_per_rank"] / 10, abs=0.01)
         assert row["torch"] == torch.__version__
         assert row["host"]["num_cores"] > 0
+        assert row["options"]["tensor_parallel_size"] == 2
+        assert row["options"]["dtype"] == "float32"
+        assert row["options"]["max_model_len"] == 2048
+        assert row["all_reduce_details"]["backend"] == row["all_reduce"]
+        assert row["all_reduce_details"]["calls"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
 
 

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,13 @@ def _run(args: argparse.Namespace) -> None:
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
     about["load_s"] = round(time.monotonic() - start_s, 2)
+    options, dtype = llm.options, llm.options.resolved_dtype(llm.config)
+    about["options"] = asdict(options) | {"dtype": dtype, "max_model_len": llm.max_model_len}
+    del about["options"]["all_reduce"]  # each row names its own
     with llm:
         rows = [row | about for row in args.measure(args, llm)]
     if not is_first_rank():
         return
-    options, dtype = llm.options, llm.options.resolved_dtype(llm.config)
     ranks = f"{options.tensor_parallel_size} ranks on {options.num_nodes} nodes"
     print(f"{args.model}: {dtype}, {ranks}, ready in {about['load_s']} s")
     for row in rows:
@@ -146,7 +149,7 @@ def _latency(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
     limit = args.memory_gbps or measured_read_gbps(device, dtype)
     for batch_size in args.batch_size or [1]:
         workload = Workload.uniform(batch_size, args.prompt_len, args.output_len)
-        for name, runs in _in_turns(args, llm, workload):
+        for name, runs, details in _in_turns(args, llm, workload):
             first_s = [s for r in runs for s in r.first_token_s]
             step_s = [s for r in runs for s in r.step_s]
             prefill_s = statistics.median(r.prefill_s for r in runs)
@@ -154,6 +157,7 @@ def _latency(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
             row: Row = {
                 "bench": "latency",
                 "all_reduce": name,
+                "all_reduce_details": details,
                 "batch_size": batch_size,
                 "prompt_len": args.prompt_len,
                 "output_len": args.output_len,
@@ -181,12 +185,13 @@ def _throughput(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
         args.num_prompts, args.prompt_len, args.output_len, args.range_ratio, args.seed
     )
     num_prompt_tokens = sum(prompt for prompt, _ in workload.lengths)
-    for name, runs in _in_turns(args, llm, workload):
+    for name, runs, details in _in_turns(args, llm, workload):
         elapsed_s = statistics.median(r.elapsed_s for r in runs)
         first_s = [s for r in runs for s in r.first_token_s]
         yield {
             "bench": "throughput",
             "all_reduce": name,
+            "all_reduce_details": details,
             "num_prompts": args.num_prompts,
             "prompt_len": args.prompt_len,
             "output_len": args.output_len,
@@ -202,13 +207,15 @@ def _throughput(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
 
 def _in_turns(
     args: argparse.Namespace, llm: LLM, workload: Workload
-) -> Iterator[tuple[str, list[Run]]]:
-    """The runs that count of each all-reduce. They take turns, so that a slow moment hits all alike."""
+) -> Iterator[tuple[str, list[Run], Row]]:
+    """The runs that count of each all-reduce, and what it says of itself after them. They take turns, so that
+    a slow moment hits all alike."""
     workload.check(llm)
     has_others = llm.options.tensor_parallel_size > 1
     runs: dict[str, list[Run]] = {
         name: [] for name in (args.all_reduce if has_others else ["none"])
     }
+    details: dict[str, Row] = {}
     for turn in range(-args.warmup, args.iterations):
         for name in runs:
             if has_others and name != llm.options.all_reduce:
@@ -217,7 +224,10 @@ def _in_turns(
             done = run(llm, workload, seed=f"{args.seed} {name} {turn}")
             if turn >= 0:
                 runs[name].append(done)
-    yield from runs.items()
+            if turn == args.iterations - 1:
+                details[name] = llm.describe_all_reduce()
+    for name, done_runs in runs.items():
+        yield name, done_runs, details[name]
 
 
 def _provenance(args: argparse.Namespace) -> Row:
