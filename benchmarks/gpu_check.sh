@@ -35,7 +35,7 @@ step() {
 }
 torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus"; }
 checks() { step "$1" "${*:3} on $2 ${NVRAR_TRANSPORT:-}" 'passed' $(torchrun) tests/dist/ranks_script.py "${@:2}"; }
-bench() { step "$1" "$2" '│|us of|\* ' $(torchrun) -m nvrar.cli bench --device cuda --plans auto --timeout 20 "${@:3}"; }
+bench() { step "$1" "$2" '│|us of|\* ' $(torchrun) -m nvrar bench --device cuda --plans auto --timeout 20 "${@:3}"; }
 tests() { step "$1" "$2" 'passed|failed|^FAILED|^ERROR' python3 -m pytest -q --tb=short -p no:cacheprovider "${@:3}"; }
 wanted() { case " ${PARTS:-checks bench alone} " in *" $1 "*) true ;; *) false ;; esac; }
 

@@ -117,7 +117,7 @@ def measure(num_nodes: int, ranks_per_node: int) -> int:
     say("   (see the shape, not the speed)")
     status = subprocess.run(
         [
-            sys.executable, "-m", "nvrar.cli", "bench", "--nodes", str(num_nodes),
+            sys.executable, "-m", "nvrar", "bench", "--nodes", str(num_nodes),
             "--ranks-per-node", str(ranks_per_node), "--sizes", SIZES, "--plans", PLANS, "--out", str(OUT),
         ],
         check=False,

@@ -47,7 +47,7 @@ MAINS: dict[str, Callable[[list[str]], int | None]] = {
     "python": _python,
 }
 _MODULES = {
-    "nvrar": ["-m", "nvrar.cli"],
+    "nvrar": ["-m", "nvrar"],
     "yalis": ["-m", "yalis"],
     "torchrun": ["-m", "torch.distributed.run"],
     "python": [],

@@ -23,7 +23,7 @@ pytestmark = [
 
 def nvrar(line: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "nvrar.cli", *line.split()],
+        [sys.executable, "-m", "nvrar", *line.split()],
         capture_output=True,
         text=True,
         timeout=240,

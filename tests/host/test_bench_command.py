@@ -18,7 +18,7 @@ import torch
 
 pytestmark = pytest.mark.host
 
-NVRAR = [sys.executable, "-m", "nvrar.cli"]
+NVRAR = [sys.executable, "-m", "nvrar"]
 
 
 def nvrar(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -111,7 +111,7 @@ def test_the_command_starts_its_workers_and_writes_all_it_knows(tmp_path: Path) 
 def test_the_command_joins_torchrun_and_only_one_rank_complains() -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*run, "-m", "nvrar.cli", "bench", "--sizes", "1K", "--plans", "split:5"],
+        [*run, "-m", "nvrar", "bench", "--sizes", "1K", "--plans", "split:5"],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0

@@ -119,7 +119,7 @@ def test_on_slow_links_a_hierarchical_plan_beats_the_flat_ones(tmp_path: Path) -
     }
     rows_path = tmp_path / "rows.jsonl"
     bench = [
-        *("-m", "nvrar.cli", "bench", "--sizes", "1M", "--plans", "auto,two-shot,one-shot"),
+        *("-m", "nvrar", "bench", "--sizes", "1M", "--plans", "auto,two-shot,one-shot"),
         *("--iterations", "3", "--rounds", "2", "--warmup", "1"),
         *("--machine", json.dumps(machine), "--predict", "--json", str(rows_path)),
     ]

@@ -168,7 +168,7 @@ def test_the_command_keeps_a_table_that_the_others_show(tmp_path: Path) -> None:
 
     def nvrar(line: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "nvrar.cli", *line.split()],
+            [sys.executable, "-m", "nvrar", *line.split()],
             capture_output=True, text=True, timeout=120, env=env,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
