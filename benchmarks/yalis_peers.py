@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Milliseconds a token of one request: transformers with a static cache, which `generate` compiles on a GPU, then
-yalis, in one process, with random weights of a config's shape.
+"""Milliseconds a token of one request, with random weights of a config's shape, in one process: transformers with
+a static cache, which it compiles on a GPU, then yalis.
 
 python benchmarks/yalis_peers.py examples/configs/llama-3.1-8b [--device cpu --dtype float32]
 """
