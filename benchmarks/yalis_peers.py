@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Milliseconds a token of one request, with random weights of a config's shape, in one process: transformers with
-a static cache, which it compiles on a GPU, then yalis.
+"""Milliseconds a token of one request, with random weights of a config's shape, in one process: transformers
+with a static cache, which it compiles on a GPU, then yalis.
 
 python benchmarks/yalis_peers.py examples/configs/llama-3.1-8b [--device cpu --dtype float32]
 """

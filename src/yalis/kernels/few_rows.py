@@ -31,8 +31,8 @@ _ITEM, _CHUNK = 64, 128  # inputs that a warp fetches at once, and then takes be
 _NUM_ANSWERS = 16
 # Of a multiprocessor's 228 KB; a block takes a kilobyte itself, and the attention beside it some more.
 _SHARED_BYTES = 190 << 10
-# Of an even share of the passes, what a block has without asking: the slowest multiprocessor is through with it
-# before the others have done the rest.
+# Of an even share of the passes, what a block has without asking: the slowest multiprocessor is through with
+# it before the others have done the rest.
 _GIVEN = 0.85
 
 
