@@ -5,37 +5,11 @@
 # Needs `pip install '.[cu13]' pytest pytest-timeout`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."
-export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-out=${OUT:-$(mktemp -d)}
-said=$(mktemp -d)
-trap 'rm -rf "$said"' EXIT
-deadline=$((SECONDS + ${LIMIT_S:-570}))
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+. benchmarks/steps.sh
 
-# step LIMIT_S NAME PATTERN COMMAND...: shows the lines that match; of a failure also the last that was said.
-step() {
-    local limit=$1 name=$2 pattern=$3 start=$SECONDS left=$((deadline - SECONDS)) status log
-    shift 3
-    log=$(mktemp "$said/XXXXXX")
-    [ "$limit" -lt "$left" ] || limit=$left
-    if [ "$limit" -lt 10 ]; then
-        echo "$name: no time left" | tee -a "$said/failed"
-        return
-    fi
-    timeout -k 5 "$limit" "$@" >"$log" 2>&1
-    status=$?
-    {
-        echo "== $name: exit status $status, $((SECONDS - start)) s"
-        grep -a -E "$pattern" "$log" | cut -c1-180
-        [ $status = 0 ] || { grep -a -E 'Error|rror:|^E  ' "$log" | sort -u | tail -n 8 && tail -n 2 "$log"; } | cut -c1-240
-    } >"$log.short"
-    cat "$log.short" # at once: steps run side by side
-    [ $status = 0 ] || echo "$name: exit status $status" >>"$said/failed"
-    { cat "$log.short" && cat "$log"; } >>"$out/gpu_check.txt"
-}
 torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus"; }
 checks() { step "$1" "${*:3} on $2 ${NVRAR_TRANSPORT:-}" 'passed' $(torchrun) tests/dist/ranks_script.py "${@:2}"; }
-bench() { step "$1" "$2" '│|us of|\* ' $(torchrun) -m nvrar bench --device cuda --plans auto --timeout 20 "${@:3}"; }
+bench() { step "$1" "$2" '[┃│]|us of|\* ' $(torchrun) -m nvrar bench --device cuda --plans auto --timeout 20 "${@:3}"; }
 tests() { step "$1" "$2" 'passed|failed|^FAILED|^ERROR' python3 -m pytest -q --tb=short -p no:cacheprovider "${@:3}"; }
 wanted() { case " ${PARTS:-checks bench alone} " in *" $1 "*) true ;; *) false ;; esac; }
 
@@ -82,5 +56,4 @@ if [ "$gpus" -gt 0 ] && wanted alone; then
     tests 120 "yalis's kernels" tests/gpu/test_kernels_on_gpu.py tests/gpu/test_yalis_model.py
 fi
 [ "$gpus" -gt 0 ] || echo "torch sees no GPU here" | tee -a "$said/failed"
-echo "== $SECONDS s in all"
-[ ! -s "$said/failed" ] || { echo "not right:" && cat "$said/failed" && exit 1; }
+end_of_steps

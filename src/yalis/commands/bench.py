@@ -117,8 +117,9 @@ def _run(args: argparse.Namespace) -> None:
         rows = [row | about for row in args.measure(args, llm)]
     if not is_first_rank():
         return
-    ranks = f"{options.tensor_parallel_size} ranks on {options.num_nodes} nodes"
-    print(f"{args.model}: {dtype}, {ranks}, ready in {about['load_s']} s")
+    ranks = options.tensor_parallel_size
+    some = "one rank" if ranks == 1 else f"{ranks} ranks, nodes: {options.num_nodes}"
+    print(f"{args.model}: {dtype}, {some}, ready in {about['load_s']} s")
     for row in rows:
         print(_line(row))
     if args.json:
