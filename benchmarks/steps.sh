@@ -7,10 +7,12 @@ out=${OUT:-$(mktemp -d)}
 said=$(mktemp -d)
 trap 'rm -rf "$said"' EXIT
 deadline=$((SECONDS + ${LIMIT_S:-570}))
+num_steps=0
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 
 # step LIMIT_S NAME PATTERN COMMAND...: shows the lines that match; of a failure also the last that was said.
 step() {
+    num_steps=$((num_steps + 1))
     local limit=$1 name=$2 pattern=$3 start=$SECONDS left=$((deadline - SECONDS)) status log
     shift 3
     log=$(mktemp "$said/XXXXXX")
@@ -34,5 +36,6 @@ step() {
 # end_of_steps: what was not right, and the exit code.
 end_of_steps() {
     echo "== $SECONDS s in all"
+    [ "$num_steps" -gt 0 ] || echo "nothing ran; look at PARTS" >>"$said/failed"
     [ ! -s "$said/failed" ] || { echo "not right:" && cat "$said/failed" && exit 1; }
 }

@@ -2,7 +2,7 @@
 # What the GPUs of one host can show of many ranks: every topology that they can play, each plan checked, then timed
 # beside NCCL and torch's symmetric memory; a table of what is fastest (`nvrar tune`); and the engine at their
 # number. In one call of at most LIMIT_S (570) seconds; rows and all output go to $OUT (default: a new folder).
-# PARTS="direct put tune engine" picks some. DEVICE=cpu RANKS=4 SIZES=1K,4K tries this script without a GPU.
+# PARTS="direct put tune engine" picks some: with eight GPUs the first three, and the last in a call of its own. DEVICE=cpu RANKS=4 SIZES=1K,4K tries this script without a GPU.
 # Needs `pip install '.[cu13]'`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@ out=${OUT:-$(mktemp -d)}
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 small=examples/configs/llama-3.1-8b
 large=examples/configs/llama-3.1-70b
-all="kernels tokens one idle prefill ranks two large many beside peers"
+all="kernels tokens one idle prefill ranks two large many peers beside"
 deadline=$((SECONDS + ${LIMIT_S:-300}))
 
 # section NAME LIMIT_S COMMAND...: into a file, with how it ended; one failure does not end the others.
@@ -62,8 +62,8 @@ if [ "$gpus" -gt 1 ]; then
         --batch-size 1 --prompt-len 128 --output-len 64 --iterations 2
 fi
 bench many 45 throughput $small --num-prompts 512 --prompt-len 256 --output-len 128
-section beside 150 python3 benchmarks/yalis_peers.py $small # most of it compiles transformers' model
 [ "$gpus" -eq 1 ] || pytest peers 60 -k "two_ranks and not nvrar"
+section beside 150 python3 benchmarks/yalis_peers.py $small # most of it compiles transformers' model
 
 for name in $all; do
     [ -f "$out/$name.txt" ] || continue

@@ -47,3 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(error)
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":  # `python -m nvrar` is the shorter form
+    sys.exit(main())

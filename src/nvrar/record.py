@@ -105,6 +105,12 @@ def refusal_of_path(path: Path) -> str:
     """Why no file could be written there; empty if it can be. To be asked before anything is measured."""
     if path.is_dir():
         return f"{path} cannot be written: it is a directory; name a file in it"
+    if path.exists():
+        return (
+            ""
+            if os.access(path, os.W_OK)
+            else f"{path} cannot be written: it is not yours to write"
+        )
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         return f"{path} cannot be written: {path.parent} is no directory that may be written to"
     return ""
@@ -158,7 +164,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 def checkout(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
     """The commit that ``source`` is of, and whether any file of it was changed; None if it is of none, as
-    where the package is installed. Files that git does not track do not count."""
+    where the package is installed. Files that git does not track count beside the source only."""
     here = source.parent
 
     def git(*arguments: str) -> str | None:
@@ -173,7 +179,9 @@ def checkout(source: Path = Path(__file__)) -> tuple[str | None, bool | None]:
     # An installed package may lie inside somebody else's checkout.
     if git("ls-files", "--error-unmatch", source.name) is None:
         return None, None
-    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    added = git("ls-files", "--others", "--exclude-standard")  # in the source's folder
+    return git("rev-parse", "HEAD"), bool(changed or added)
 
 
 def _distinct(hosts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ class Computed(NamedTuple):
 
 
 def decode_shapes(max_num_seqs: int) -> list[StepShape]:
-    """Of 1, 2, 4, multiples of 8 up to 256, and `max_num_seqs` decodes."""
+    """Of 1, 2, 4 and multiples of 8 decodes, and `max_num_seqs`; 256 at most."""
     most = min(max_num_seqs, _MOST_DECODES)
     sizes = {most, *(n for n in (1, 2, 4, *range(8, most, 8)) if n < most)}
     return [StepShape(n, n, False) for n in sorted(sizes)]

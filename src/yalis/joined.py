@@ -3,7 +3,7 @@
 
 Every rank schedules for itself, so a step needs no message between hosts beyond those of the model. The
 schedulers are equal because their inputs are: the requests, which `generate` and `stream` compare before they
-begin, and the tokens, which rank 0 draws and the others get.
+begin, and the tokens, which the ranks draw together, or rank 0 for all.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ class JoinedExecutor:
         return self._runner.describe_all_reduce()
 
     def close(self) -> None:
-        self._runner.close()
-        dist.destroy_process_group(self._group)
+        try:
+            self._runner.close()
+        finally:
+            dist.destroy_process_group(self._group)
 
 
 def _leave_default_group() -> None:

@@ -49,7 +49,8 @@ class LLM:
     on a CPU, and on a GPU what weights and the largest step leave of `gpu_memory_utilization` of its memory.
     `enable_prefix_caching` lets requests with the same beginning share its blocks. `async_scheduling`
     prepares a step while the one before it runs; left out, it is on wherever that helps. On a GPU steps of
-    up to 1024 tokens, or that only decode, are CUDA graphs, captured while loading, unless `enforce_eager`.
+    up to 1024 tokens, as far as `all_reduce` takes them, are CUDA graphs, captured while loading, unless
+    `enforce_eager`; with `batch_invariant` those that only decode, 256 sequences at most.
 
     What else is in a step changes sums of many terms in their last bits, and so, where two tokens are all
     but equally likely, a request's tokens: seldom in float32, now and then in 16-bit types. With

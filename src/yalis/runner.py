@@ -124,12 +124,14 @@ class Runner:
         return self._tp.all_reduce.describe()
 
     def close(self) -> None:
-        # The end of a group waits for graphs that have captured its calls.
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._graphs = None
-        self._graphs_by_all_reduce.clear()
-        self._tp.all_reduce.close()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        finally:
+            # The end of a group waits for graphs that have captured its calls.
+            self._graphs = None
+            self._graphs_by_all_reduce.clear()
+            self._tp.all_reduce.close()
 
     def _forward(self, inputs: StepInputs) -> Tensor:
         if not self._goes_one_by_one:
@@ -181,7 +183,7 @@ class Runner:
         # Batch-invariant prompts attend token by token, and tokens that pad a step have no sequence.
         if not options.batch_invariant:
             row_bytes = self._config.hidden_size * self._cache_shape.dtype.itemsize
-            most = self._tp.all_reduce.most_bytes // row_bytes
+            most = self._tp.all_reduce.max_bytes // row_bytes
             most = min(options.max_num_batched_tokens, most)
             shapes += chunk_shapes(options.max_num_seqs, most) if most else []
         return sorted(shapes)

@@ -98,8 +98,9 @@ class Sampler:
 def can_share(drawn: Draw) -> bool:
     """Whether ranks can draw this together, each from its share of the logits."""
     p = drawn.params
-    is_whole = p.has_penalties or drawn.banned_token_ids or p.logprobs is not None
-    return not is_whole and num_to_rank(max(p.top_k, 0), p.top_p, 2) == 0
+    is_filtered = p.top_k > 0 or p.top_p < 1
+    is_changed = p.has_penalties or drawn.banned_token_ids
+    return not (is_filtered or is_changed or p.logprobs is not None)
 
 
 def sample_shares(head: VocabularyHead, share: Tensor, draws: Sequence[Draw]) -> Sampled:

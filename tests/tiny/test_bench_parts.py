@@ -104,14 +104,20 @@ def test_a_checkout_is_dirty_where_its_own_files_were_changed(tmp_path: Path) ->
         command = ["git", "-C", str(tmp_path), *who, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    source, beside = tmp_path / "source.py", tmp_path / "results.json"
+    package = tmp_path / "package"
+    package.mkdir()
+    source, beside = package / "source.py", tmp_path / "results.json"
     source.write_text("1\n")
     git("init", "--quiet")
     assert checkout(source) == (None, None)  # as a package installed inside a clone
-    git("add", "source.py")
+    git("add", "package/source.py")
     git("commit", "--quiet", "--message", "x")
     beside.write_text("{}")
     assert checkout(source) == (git("rev-parse", "HEAD"), False)
+    table = package / "table.json"
+    table.write_text("{}")  # as one that the tuner wrote there
+    assert checkout(source) == (git("rev-parse", "HEAD"), True)
+    table.unlink()
     source.write_text("2\n")
     assert checkout(source) == (git("rev-parse", "HEAD"), True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from yalis.core import Batch
 from yalis.graphs import StepGraphs, chunk_shapes, decode_shapes, num_bytes_of_graphs
 from yalis.inputs import StepShape
+from yalis.parallel.all_reduce import AllReduceSwitch, NoAllReduce
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,15 @@ def test_room_for_all_graphs_follows_from_two(
     found = num_bytes_of_graphs(shapes, capture, torch.device("cuda", 0))
     assert found == num_bytes
     assert {some[-1] for some in seen} == {shapes[-1]}
+
+
+def test_what_is_captured_is_what_the_chosen_all_reduce_takes() -> None:
+    class Small(NoAllReduce):
+        @property
+        def max_bytes(self) -> int:
+            return 5
+
+    switch = AllReduceSwitch({"small": Small(), "any": NoAllReduce()}.__getitem__, "small")
+    assert switch.max_bytes == 5
+    switch.choose("any")
+    assert switch.max_bytes == sys.maxsize

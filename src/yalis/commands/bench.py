@@ -31,6 +31,7 @@ from yalis.device import device_type
 from yalis.errors import ConfigError
 from yalis.llm import LLM
 from yalis.parallel.all_reduce import ALL_REDUCES
+from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.roofline import Work, measured_read_gbps
 
@@ -137,7 +138,9 @@ def _check(args: argparse.Namespace) -> None:
                 f"--batch-size {largest} is above {option} {most}, so its requests would take turns and be "
                 f"no batch; give a smaller one, or {option} {largest}"
             )
-    refusal = record.refusal_of_path(args.json) if args.json and is_first_rank() else ""
+    # Under a launcher other ranks would wait for one that ends here.
+    is_alone = detect(os.environ) is None
+    refusal = record.refusal_of_path(args.json) if args.json and is_alone else ""
     if refusal:
         raise ConfigError(f"--json {refusal}")
 

@@ -3,8 +3,8 @@
 
 A fixed number of programs share the splits of all sequences (decode_splits.py), so one captured launch
 serves any lengths, and none is idle while another has a long context. Of a sequence's splits the program
-that ends last adds all partial results, in order: the bits follow from the sequence and the kernel, not
-from what runs beside it or who ends last.
+that ends last adds all partial results, in order: the bits follow from the sequence, the kernel and the
+length of splits, not from what runs beside it or who ends last.
 """
 
 from __future__ import annotations

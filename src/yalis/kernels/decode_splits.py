@@ -33,9 +33,8 @@ class DecodeWorkspace:
     # By window [max_num_seqs + 1] int32: how many splits the sequences before have.
     split_starts: dict[int | None, Tensor]
     split: int  # tokens of one, or so many times twice as many
-    few: (
-        int | None
-    )  # of more sequences than these splits are twice as long; None: whatever their number
+    # Of more sequences than these splits are twice as long; None: whatever their number.
+    few: int | None
     most_splits: int  # of a sequence
     tickets: Tensor  # [max_num_seqs, num_kv_heads] int32: how many splits are done; zero between launches
     sums: Tensor  # [num_splits, num_heads, head_dim] float32

@@ -27,8 +27,8 @@ class AllReduce(Protocol):
     """Sums a tensor over the ranks of the tensor-parallel group."""
 
     @property
-    def most_bytes(self) -> int:
-        """The largest message whose waits end, also in the replay of a graph."""
+    def max_bytes(self) -> int:
+        """Larger messages are left to torch's backend, which sets no time limit to what a graph replays."""
         return sys.maxsize
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -118,10 +118,8 @@ class NvrarAllReduce(AllReduce):
         )
 
     @property
-    def most_bytes(self) -> int:
-        return (
-            self._communicator.max_bytes
-        )  # larger ones are torch's, whose watchdog knows no graphs
+    def max_bytes(self) -> int:
+        return self._communicator.max_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._communicator.all_reduce(x, out=x)
@@ -212,6 +210,10 @@ class AllReduceSwitch(AllReduce):
         if name not in self._made:
             self._made[name] = self._make(name)
         self._chosen = self._made[name]
+
+    @property
+    def max_bytes(self) -> int:
+        return self._chosen.max_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._chosen(x)
