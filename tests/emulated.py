@@ -196,15 +196,10 @@ class EmulatedCluster:
         shape: LaunchShape,
     ) -> Prepared:
         """An all-reduce of `inputs[r]` into `outputs[r]`, contiguous, in at most so many blocks."""
-        table, whole = [], True
         num_bytes = inputs[0].nbytes
         assert layout.inbox_bytes(self.plan, packets, num_bytes) <= self._room[packets.name]
-        for rank, (x, out) in enumerate(zip(inputs, outputs, strict=True)):
-            args = self._args(rank, packets, self.plan)
-            args.in_, args.out = x.data_ptr(), out.data_ptr()
-            kernel.fill_sum(args, self.plan, packets, self.dtype, self.op, num_bytes)
-            whole &= (args.in_ | args.out | num_bytes) % packets.align_bytes == 0
-            table.append(args)
+        table = [self._args(rank, packets, self.plan) for rank in range(len(inputs))]
+        whole = kernel.fill_sums(table, inputs, outputs, self.plan, packets, self.dtype, self.op)
         room = Room(lambda threads: shape.blocks * 8 // 3 + 1)
         shape = layout.launch_shape(self.plan, packets, num_bytes, room, shape)
         spec = replace(self._spec, packets=packets, whole=whole)

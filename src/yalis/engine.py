@@ -37,8 +37,8 @@ class Executor(Protocol):
         ...
 
     def agree(self, requests: list[Request]) -> None:
-        """Raise unless every process that drives this executor's ranks passes equal requests."""
-        ...
+        """Raise unless all processes that drive this executor's ranks pass equal requests; mostly one does."""
+        return
 
     def use_all_reduce(self, name: str) -> None:
         """Let the ranks sum by another backend from now on. With no step under way."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from yalis.config import ModelConfig
-from yalis.core import Batch, Request, StepResult
+from yalis.core import Batch, StepResult
 from yalis.device import pick_device
 from yalis.drawing import PendingStep
 from yalis.engine import Executor
@@ -42,7 +42,7 @@ def make_executor(
     return LocalExecutor(options, config, on_progress)
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """One rank, in this process; no torch.distributed at all. On a CPU `submit` runs the step."""
 
     def __init__(
@@ -63,9 +63,6 @@ class LocalExecutor:
     def drain(self) -> None:
         while self._under_way:
             self._under_way.popleft().wait()
-
-    def agree(self, requests: list[Request]) -> None:
-        pass  # nobody else drives this rank
 
     def use_all_reduce(self, name: str) -> None:
         self.runner.use_all_reduce(name)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from yalis.config import ModelConfig
-from yalis.core import Batch, Request, StepResult
+from yalis.core import Batch, StepResult
 from yalis.device import device_type, require_gpus
+from yalis.engine import Executor
 from yalis.errors import WorkerError
 from yalis.messages import (
     Answer,
@@ -42,7 +43,7 @@ _STOP_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
-class WorkerGroup:
+class WorkerGroup(Executor):
     """An executor whose ranks are processes of this host, started here.
 
     Not thread-safe. Any failure of a rank, and any interrupt in the middle of a step, ends the group: the
@@ -103,9 +104,6 @@ class WorkerGroup:
     def drain(self) -> None:
         while self._num_under_way and self._failure is None:
             self.result()
-
-    def agree(self, requests: list[Request]) -> None:
-        pass  # one driver: there is nobody to disagree with
 
     def use_all_reduce(self, name: str) -> None:
         self._send(UseAllReduce(name))

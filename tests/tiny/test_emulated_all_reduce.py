@@ -19,7 +19,9 @@ from nvrar.plan import Plan
 from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++, which Debian has as g++"
+)
 
 BF16, F16, F32, I32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 # A plan; for each level whether packets travel by put; type and operation.

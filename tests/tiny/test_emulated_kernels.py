@@ -15,10 +15,9 @@ import torch
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the kernels themselves", allow_module_level=True)
 if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+    pytest.skip("needs g++, which Debian has as g++", allow_module_level=True)
 # The kernels in Triton that run before them; read where a kernel is defined.
 os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="needs triton, which `make` installs")
 
 import emulated
 import kernel_cases

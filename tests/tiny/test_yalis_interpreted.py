@@ -19,7 +19,6 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the engine on it", allow_module_level=True)
 # Read where a kernel is defined, those of triton's own library among them.
 os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="needs triton, which `make` installs")
 
 from yalis import LLM, SamplingParams, runner
 from yalis.attention import choice

@@ -13,7 +13,6 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is here: tests/gpu runs the backend itself", allow_module_level=True)
 # Read where a kernel is defined, those of triton's own library among them.
 os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton", reason="needs triton, which is no dependency on CPU")
 
 from yalis.attention import AttentionBackend, AttentionLayer, CacheShape
 from yalis.attention.paged import PagedAttention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import zlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -90,6 +91,24 @@ def fill_sum(
     args.num_bytes = num_bytes
     args.num_units = num_units(plan, packets, num_bytes)
     args.signature = _signature(plan, packets.name, dtype, op, num_bytes)
+
+
+def fill_sums(
+    table: Iterable[ctypes.Structure],
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    plan: Plan,
+    packets: Format,
+    dtype: torch.dtype,
+    op: str,
+) -> bool:
+    """Sets what every rank's all-reduce is, addresses too; returns what ``jit.KernelSpec.whole`` asks."""
+    whole = True
+    for args, x, out in zip(table, inputs, outputs, strict=True):
+        args.in_, args.out = x.data_ptr(), out.data_ptr()
+        fill_sum(args, plan, packets, dtype, op, x.nbytes)
+        whole &= (args.in_ | args.out | args.num_bytes) % packets.align_bytes == 0
+    return whole
 
 
 def fill_rows(

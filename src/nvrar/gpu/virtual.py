@@ -116,11 +116,9 @@ class VirtualCluster:
     def prepare(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Call:
         """One all-reduce of these tensors, ready to launch as often as wanted."""
         self._check_room(layout.inbox_bytes(self.plan, self.packets, inputs[0].nbytes))
-        whole = True
-        for args, x, out in zip(self._table, inputs, outputs, strict=True):
-            args.in_, args.out = x.data_ptr(), out.data_ptr()
-            kernel.fill_sum(args, self.plan, self.packets, self.dtype, self.op, x.nbytes)
-            whole &= (args.in_ | args.out | args.num_bytes) % self.packets.align_bytes == 0
+        whole = kernel.fill_sums(
+            self._table, inputs, outputs, self.plan, self.packets, self.dtype, self.op
+        )
         function = self._function(whole=whole)
         room = self._room(function)
         shape = layout.launch_shape(self.plan, self.packets, inputs[0].nbytes, room)
