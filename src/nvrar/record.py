@@ -105,12 +105,10 @@ def refusal_of_path(path: Path) -> str:
     """Why no file could be written there; empty if it can be. To be asked before anything is measured."""
     if path.is_dir():
         return f"{path} cannot be written: it is a directory; name a file in it"
+    if path.exists() and not os.access(path, os.W_OK):
+        return f"{path} cannot be written: it is not yours to write"
     if path.exists():
-        return (
-            ""
-            if os.access(path, os.W_OK)
-            else f"{path} cannot be written: it is not yours to write"
-        )
+        return ""
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         return f"{path} cannot be written: {path.parent} is no directory that may be written to"
     return ""

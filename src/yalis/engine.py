@@ -37,7 +37,7 @@ class Executor(Protocol):
         ...
 
     def agree(self, requests: list[Request]) -> None:
-        """Raise unless all processes that drive this executor's ranks pass equal requests; mostly one does."""
+        """Raise unless all processes that drive these ranks pass equal requests. Here there is but one."""
         return
 
     def use_all_reduce(self, name: str) -> None:
