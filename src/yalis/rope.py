@@ -16,6 +16,7 @@ from yalis.errors import ConfigError
 from yalis.fields import Fields
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class RopeConfig:
 
 def read_rope(raw: Mapping[str, Any], where: str, max_positions: int, head_dim: int) -> RopeConfig:
     """The rotary settings in a config.json's content. Raises ConfigError for what is not supported."""
+    if raw.get("rope_parameters") and raw.get("rope_scaling"):
+        without = ({**raw, name: None} for name in ("rope_scaling", "rope_parameters"))
+        by_new, by_old = (read_rope(one, where, max_positions, head_dim) for one in without)
+        if by_new != by_old:
+            raise ConfigError(
+                f"{where}: rope_parameters and rope_scaling ask for different rotations (theta "
+                f"{by_new.theta:g}, {by_new.kind}; theta {by_old.theta:g}, {by_old.kind}); keep "
+                "rope_parameters alone, with all that is meant in it"
+            )
+        return by_new
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"{where}: rope scaling is {scaling!r}; it must be an object or null")
@@ -59,7 +70,8 @@ def read_rope(raw: Mapping[str, Any], where: str, max_positions: int, head_dim: 
     factor = fields.number("factor")
     if kind == "linear":
         return RopeConfig(theta, kind, factor)
-    original = fields.count("original_max_position_embeddings", max_positions)
+    # Some write it beside the object; transformers believes that one first.
+    original = Fields(raw, where).count(_ORIGINAL, fields.count(_ORIGINAL, max_positions))
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
         if low >= high:

@@ -64,6 +64,29 @@ def test_both_dialects_of_rotary_settings() -> None:
     assert old.rope == read(**new).rope == want
 
 
+LLAMA3 = {"type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}
+
+
+@pytest.mark.parametrize("kind", [{"type": "yarn"}, LLAMA3])
+def test_the_original_context_may_stand_beside_the_rotary_settings(kind: dict[str, Any]) -> None:
+    scaling = kind | {"factor": 4.0}
+    want = read(rope_scaling=scaling | {"original_max_position_embeddings": 512}).rope
+    for inner in ({}, {"original_max_position_embeddings": 1024}):
+        got = read(rope_scaling=scaling | inner, original_max_position_embeddings=512)
+        assert got.rope == want
+
+
+def test_rotary_settings_in_both_dialects_must_agree() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for theta in (10000.0, 5e5):
+        both = {"rope_parameters": linear | {"rope_theta": theta}, "rope_scaling": linear}
+        assert read(**both, rope_theta=theta).rope == RopeConfig(theta, "linear", 2.0)
+        with pytest.raises(ConfigError, match=r"theta .*, linear; theta .*, default\); keep"):
+            read(**both | {"rope_scaling": {"type": "default"}}, rope_theta=theta)
+    with pytest.raises(ConfigError, match="keep rope_parameters alone"):  # its theta would be lost
+        read(rope_parameters={"rope_theta": 1e6}, rope_scaling=linear, rope_theta="REMOVE")
+
+
 def test_yarn_reaches_as_far_as_it_stretches() -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = read(max_position_embeddings=32768, rope_scaling=yarn)
