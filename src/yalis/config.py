@@ -64,11 +64,13 @@ class ModelConfig:
     ) -> ModelConfig:
         """Read the content of a config.json. `eos` is generation_config.json's word, which comes first."""
         architecture = _architecture(raw, where)  # first: others name their fields differently
+        family = FAMILIES[architecture]
+        raw = {**family.defaults, **raw}
         fields = Fields(raw, where)
         hidden = fields.count("hidden_size")
         heads = fields.count("num_attention_heads")
         kv_heads = fields.count("num_key_value_heads", heads)
-        positions = fields.count("max_position_embeddings", 2048)
+        positions = fields.count("max_position_embeddings")
         if heads % kv_heads:
             raise ConfigError(
                 f"{where}: num_attention_heads is {heads}, which num_key_value_heads = {kv_heads} does not "
@@ -108,7 +110,7 @@ class ModelConfig:
             max_position_embeddings=positions,
             rope=rope,
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
-            traits=FAMILIES[architecture](fields),
+            traits=family.traits(fields),
             dtype=_dtype(raw, where),
             eos_token_ids=_eos(eos if eos is not None else raw.get("eos_token_id"), where),
         )

@@ -36,6 +36,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-bias": {"family": "qwen3", "head_dim": 14, "attention_bias": True},
     "mistral": {"sliding_window": None, "head_dim": 10},
     "mistral-v0.1": {"family": "mistral", "sliding_window": 20},
+    "ministral": {
+        "sliding_window": 20,
+        "head_dim": 10,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
     "qwen3-window": {
         "family": "qwen3",
         "use_sliding_window": True,

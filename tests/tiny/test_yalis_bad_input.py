@@ -130,7 +130,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "quantised": (edit("config.json", quantization_config={"bits": 4}), r"is quantised .*; use one in"),
     "layer types": (edit("config.json", architectures=["Qwen2ForCausalLM"], use_sliding_window=True,
                          layer_types=["full_attention"]), r"layer_types is \['full_attention'\]; it must"),
-    "head norms": (edit("config.json", architectures=["Qwen3ForCausalLM"]),
+    "head norms": (edit("config.json", architectures=["Qwen3ForCausalLM"], head_dim=16),
                    r"tensor model.layers.0.self_attn.q_norm.weight is missing"),
     "biases": (edit("config.json", architectures=["Qwen2ForCausalLM"]),
                r"tensor model.layers.0.self_attn.q_proj.bias is missing"),

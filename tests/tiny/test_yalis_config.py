@@ -20,6 +20,7 @@ def read(**fields: Any) -> ModelConfig:
 
 
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
+SOME_SLIDE = ["full_attention", "sliding_attention"] * 2
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "attention_bias": "REMOVE"}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
 TRAITS: list[tuple[dict[str, Any], Traits]] = [
@@ -29,14 +30,17 @@ TRAITS: list[tuple[dict[str, Any], Traits]] = [
     (MISTRAL | {"sliding_window": None}, Traits()),
     (MISTRAL | {"sliding_window": 4096}, Traits(windows=(4096,) * 4)),
     (MISTRAL, Traits(windows=(4096,) * 4)),  # v0.1's default
+    (MISTRAL | {"layer_types": SOME_SLIDE}, Traits(windows=(None, 4096, None, 4096))),  # Ministral's
     (QWEN2, Traits(qkv_bias=True)),
     (QWEN2 | {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 2},
      Traits(qkv_bias=True)),
     (QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
      Traits(qkv_bias=True, windows=(None, None, None, 8))),
+    (QWEN2 | {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+     Traits(qkv_bias=True)),
     (QWEN3 | {"sliding_window": None, "max_window_layers": 36, "use_sliding_window": False},
      Traits(has_qk_norm=True)),
-    (QWEN3 | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    (QWEN3 | {"use_sliding_window": True, "layer_types": SOME_SLIDE},
      Traits(has_qk_norm=True, windows=(None, 4096, None, 4096))),
 ]  # fmt: skip
 
@@ -48,10 +52,35 @@ def test_traits(fields: dict[str, Any], traits: Traits) -> None:
     assert [config.traits.window(idx) for idx in range(4)] == list(traits.windows or (None,) * 4)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Ministral", "Qwen2", "Qwen3"])
 def test_the_model_type_will_do_where_no_architecture_is_named(family: str) -> None:
     config = read(architectures="REMOVE", model_type=family.lower())
     assert config.architecture == f"{family}ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("family", "num_key_value_heads", "head_dim", "positions"),
+    [
+        ("Llama", 32, 2, 2048),
+        ("Mistral", 8, 2, 131072),
+        ("Qwen2", 32, 2, 32768),
+        ("Qwen3", 32, 128, 32768),
+    ],
+)
+def test_where_config_json_is_silent_the_families_differ(
+    family: str, num_key_value_heads: int, head_dim: int, positions: int
+) -> None:
+    silent = dict.fromkeys(("num_key_value_heads", "max_position_embeddings"), "REMOVE")
+    config = read(
+        architectures=[f"{family}ForCausalLM"], hidden_size=64, num_attention_heads=32, **silent
+    )
+    assert config.num_key_value_heads == num_key_value_heads
+    assert config.head_dim == head_dim
+    assert config.max_position_embeddings == positions
+    null = read(
+        architectures=[f"{family}ForCausalLM"], num_attention_heads=16, num_key_value_heads=None
+    )
+    assert null.num_key_value_heads == 16
 
 
 def test_both_dialects_of_rotary_settings() -> None:

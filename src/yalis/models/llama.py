@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from yalis.fields import Fields
-from yalis.models.traits import Traits
+from yalis.models.traits import Family, Traits
 
 
 def traits(fields: Fields) -> Traits:
     bias = fields.flag("attention_bias")
     return Traits(qkv_bias=bias, o_bias=bias, mlp_bias=fields.flag("mlp_bias"))
+
+
+FAMILY = Family(traits, {"max_position_embeddings": 2048})

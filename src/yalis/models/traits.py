@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from yalis.errors import ConfigError
@@ -26,14 +27,24 @@ class Traits:
         return self.windows[layer_idx] if self.windows else None
 
 
-def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
-    """The windows of Qwen2 and Qwen3: off by default, else in the layers that config.json names."""
-    if not fields.flag("use_sliding_window"):
+@dataclass(frozen=True)
+class Family:
+    """`defaults` are what transformers takes where config.json does not name a field at all."""
+
+    traits: Callable[[Fields], Traits]
+    defaults: Mapping[str, int]
+
+
+def windows(fields: Fields, first: int) -> tuple[int | None, ...]:
+    """Of `sliding_window` tokens, in the layers that `layer_types` names, else from layer `first` on.
+
+    A window that is null is none.
+    """
+    if fields.raw.get("sliding_window") is None:
         return ()
-    num_layers, window = fields.count("num_hidden_layers"), fields.count("sliding_window", 4096)
+    num_layers, window = fields.count("num_hidden_layers"), fields.count("sliding_window")
     kinds = fields.raw.get("layer_types")
     if kinds is None:
-        first = fields.count("max_window_layers", 28, least=0)
         kinds = [
             "full_attention" if idx < first else "sliding_attention" for idx in range(num_layers)
         ]
