@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from yalis.config import ModelConfig
 from yalis.errors import CheckpointError
@@ -20,7 +21,7 @@ from yalis.parallel.group import Placement, TensorParallel
 from yalis.testing import config_json, make_checkpoint
 from yalis.weights.checkpoint import Checkpoint
 from yalis.weights.dummy import DummyWeights, random_weight
-from yalis.weights.loader import WeightPart, load_weights, weight_parts
+from yalis.weights.loader import WeightPart, check_weights, load_weights, weight_parts
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -169,6 +170,41 @@ def test_the_example_configs_have_the_published_shapes(name: str) -> None:
     model = rank_model(ModelConfig.from_folder(folder), 0, 1, "meta")
     assert sum(part.target.numel() for part in weight_parts(model)) == EXAMPLES[name]
     assert {path.parent.name for path in folder.parent.glob("*/config.json")} == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("portion", [5000, 64 << 20])
+def test_a_tied_head_may_be_there_twice_or_under_its_own_name_alone(
+    portion: int,
+    dtype: torch.dtype | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("yalis.weights.checkpoint._PORTION", portion)
+    make_checkpoint(
+        tmp_path, num_shards=1, num_hidden_layers=1, tie_word_embeddings=True, dtype="bfloat16"
+    )
+    [path] = tmp_path.glob("*.safetensors")
+    tensors, embedding = load_file(path), "model.embed_tokens.weight"
+    want = tensors[embedding]
+    tensors["lm_head.weight"] = want.to(dtype or want.dtype, copy=True)
+    if dtype is None:
+        del tensors[embedding]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    path.unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = ModelConfig.from_folder(tmp_path)
+    check_weights(rank_model(config, 0, 1, "meta"), Checkpoint(tmp_path))
+    assert not caplog.records
+    model = rank_model(config, 1, 2, "cpu")
+    load_weights(model, Checkpoint(tmp_path))
+    assert torch.equal(model.lm_head.weight, want[256:].float())
+    if dtype is not None:
+        tensors["lm_head.weight"][-1, -1] += 1
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match="has both, and they differ"):
+            check_weights(rank_model(config, 0, 1, "meta"), Checkpoint(tmp_path))
 
 
 def test_progress_counts_every_part(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from yalis.weights.loader import WeightPart
 
 
 class _VocabularyShard(nn.Module):
+    _twin: str | None = None
+
     def __init__(self, vocab_size: int, hidden_size: int, at: Placement) -> None:
         super().__init__()
         self._tp = at.tp
@@ -32,7 +34,9 @@ class _VocabularyShard(nn.Module):
     def weight_parts(self, path: str) -> Iterator[WeightPart]:
         region = (slice(self._rows.start, self._rows.stop), slice(0, self._hidden_size))
         shape = (self._vocab_size, self._hidden_size)
-        yield WeightPart(f"{path}.weight", shape, region, self.weight[: len(self._rows)])
+        yield WeightPart(
+            f"{path}.weight", shape, region, self.weight[: len(self._rows)], self._twin
+        )
 
 
 class VocabularyEmbedding(_VocabularyShard):
@@ -53,9 +57,9 @@ class VocabularyHead(_VocabularyShard):
 
     _is_tied = False
 
-    def tie(self, embedding: VocabularyEmbedding) -> None:
-        """Share the embedding's weight, and load none of our own."""
-        self.weight = embedding.weight
+    def tie(self, embedding: VocabularyEmbedding, name: str) -> None:
+        """Share the embedding's weight, and load none of our own, which checkpoints may have as `name`."""
+        self.weight, embedding._twin = embedding.weight, name
         self._is_tied = True
 
     def forward(self, hidden: Tensor) -> Tensor:

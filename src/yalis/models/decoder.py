@@ -130,7 +130,7 @@ class CausalLM(nn.Module):
         self.model = Decoder(config, at)
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, at)
         if config.tie_word_embeddings:
-            self.lm_head.tie(self.model.embed_tokens)
+            self.lm_head.tie(self.model.embed_tokens, "lm_head.weight")
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: AttentionStep) -> Tensor:
         hidden: Tensor = self.model(token_ids, positions, attend)

@@ -33,15 +33,67 @@ class Checkpoint:
         self._file_of = self._read_index()
         self._shards = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
+    def check(self, part: WeightPart) -> None:
+        shard, name = self._find(part)
+        if part.twin in self._file_of and name != part.twin:
+            other = self._shard_of(part.twin, part.shape)
+            if not _are_equal(shard, name, other, part.twin):
+                raise CheckpointError(
+                    f"{self._folder}: config.json ties {part.twin} to {name} (tie_word_embeddings), but the "
+                    "checkpoint has both, and they differ; set tie_word_embeddings to false to use both"
+                )
+
+    def warn_of_others(self, used: Set[str]) -> None:
+        """Log a warning when there are tensors that no layer uses: config.json may be another model's."""
+        others = sorted(
+            name
+            for name in self._file_of.keys() - used
+            if not name.endswith(".rotary_emb.inv_freq")  # tables that old checkpoints carry along
+        )
+        if others:
+            logging.getLogger("yalis").warning(
+                "%s holds %d tensors that config.json gives no place (%s), and they are left out; "
+                "see whether the two belong together",
+                self._folder,
+                len(others),
+                ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
+            )
+
+    def fill(self, part: WeightPart) -> None:
+        shard, name = self._find(part)
+        dtype = shard.dtype(name)
+        target, (rows, *others) = part.target, part.region
+        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            shard.read_into(target, name, part.region)
+            return
+        is_gpu = target.device.type == "cuda"
+        row_bytes = max(1, target[0].numel() * dtype.itemsize)
+        num_rows = max(1, _PORTION // row_bytes)
+        for some in torch.split(target, num_rows):
+            # Pinned memory comes from torch's cache, which keeps it until the copy is done.
+            portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
+            region = (slice(rows.start, rows.start + len(some)), *others)
+            shard.read_into(portion, name, region)
+            if is_gpu and dtype != target.dtype:  # to convert on the GPU
+                portion = portion.to(target.device, non_blocking=True)
+            some.copy_(portion, non_blocking=True)
+            rows = slice(region[0].stop, rows.stop)
+
+    def _find(self, part: WeightPart) -> tuple[Shard, str]:
+        """Where the part's tensor is, and under which of its names."""
+        is_elsewhere = part.twin in self._file_of and part.name not in self._file_of
+        name = part.twin if part.twin and is_elsewhere else part.name
+        return self._shard_of(name, part.shape), name
+
+    def _shard_of(self, name: str, shape: tuple[int, ...]) -> Shard:
         file_name = self._file_of.get(name)
         if file_name is None:
             raise CheckpointError(
                 f"{self._folder}: tensor {name} is missing; config.json asks for it with shape "
                 f"{list(shape)}. Fetch the checkpoint again, or mend config.json"
             )
-        path = self._folder / file_name
-        entry = self._shards[file_name].entries.get(name)
+        shard = self._shards[file_name]
+        path, entry = shard.path, shard.entries.get(name)
         if entry is None:
             raise CheckpointError(
                 f"{path} does not hold tensor {name}, though {_INDEX} says so; fetch both again"
@@ -56,44 +108,7 @@ class Checkpoint:
                 f"{path}: tensor {name} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}. "
                 "Use a checkpoint that is not quantised"
             )
-
-    def warn_of_others(self, used: Set[str]) -> None:
-        """Log a warning when there are tensors that no layer uses: config.json may be another model's."""
-        others = sorted(
-            name
-            for name in self._file_of.keys() - used
-            # What old checkpoints carry along: tables, and a second copy of a tied head.
-            if not name.endswith(".rotary_emb.inv_freq") and name != "lm_head.weight"
-        )
-        if others:
-            logging.getLogger("yalis").warning(
-                "%s holds %d tensors that config.json gives no place (%s), and they are left out; "
-                "see whether the two belong together",
-                self._folder,
-                len(others),
-                ", ".join(others[:3]) + (", ..." if len(others) > 3 else ""),
-            )
-
-    def fill(self, part: WeightPart) -> None:
-        self.check(part.name, part.shape)
-        shard = self._shards[self._file_of[part.name]]
-        dtype = DTYPES[shard.entries[part.name].dtype]
-        target, (rows, *others) = part.target, part.region
-        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
-            shard.read_into(target, part.name, part.region)
-            return
-        is_gpu = target.device.type == "cuda"
-        row_bytes = max(1, target[0].numel() * dtype.itemsize)
-        num_rows = max(1, _PORTION // row_bytes)
-        for some in torch.split(target, num_rows):
-            # Pinned memory comes from torch's cache, which keeps it until the copy is done.
-            portion = torch.empty(some.shape, dtype=dtype, pin_memory=is_gpu)
-            region = (slice(rows.start, rows.start + len(some)), *others)
-            shard.read_into(portion, part.name, region)
-            if is_gpu and dtype != target.dtype:  # to convert on the GPU
-                portion = portion.to(target.device, non_blocking=True)
-            some.copy_(portion, non_blocking=True)
-            rows = slice(region[0].stop, rows.stop)
+        return shard
 
     def _read_index(self) -> dict[str, str]:
         index = self._folder / _INDEX
@@ -111,8 +126,9 @@ class Checkpoint:
         if (self._folder / _SINGLE).exists():
             return dict.fromkeys(self._open(_SINGLE).entries, _SINGLE)
         raise CheckpointError(
-            f"{self._folder} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read. "
-            'For random weights of the same shape use load_format="dummy"'
+            f"{self._folder} has neither {_SINGLE} nor {_INDEX}; only safetensors checkpoints are read, as "
+            "transformers' save_pretrained writes them. For random weights of the same shape use "
+            'load_format="dummy"'
         )
 
     def _open(self, name: str) -> Shard:
@@ -122,6 +138,19 @@ class Checkpoint:
                 f"{path} is missing, though {_INDEX} names it; fetch the shard again"
             )
         return Shard(path)
+
+
+def _are_equal(one: Shard, one_name: str, other: Shard, other_name: str) -> bool:
+    """Whether two matrices of one shape hold the same numbers."""
+    height, width = one.entries[one_name].shape
+    num_rows = max(1, _PORTION // (8 * width))
+    for start in range(0, height, num_rows):
+        region = (slice(start, min(start + num_rows, height)), slice(0, width))
+        a, b = one.read(one_name, region), other.read(other_name, region)
+        both = torch.promote_types(a.dtype, b.dtype)
+        if not torch.equal(a.to(both), b.to(both)):
+            return False
+    return True
 
 
 def _is_name(value: object) -> bool:

@@ -32,7 +32,7 @@ class DummyWeights:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
+    def check(self, part: WeightPart) -> None:
         pass
 
     def warn_of_others(self, used: Set[str]) -> None:

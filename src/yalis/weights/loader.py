@@ -27,6 +27,9 @@ class WeightPart:
     shape: tuple[int, ...]  # of the whole tensor in the checkpoint
     region: tuple[slice, ...]  # one slice per dimension, explicit bounds
     target: Tensor
+    twin: str | None = (
+        None  # another name, under which some checkpoints have the same tensor, or a copy
+    )
 
 
 @runtime_checkable
@@ -39,8 +42,11 @@ class HasWeights(Protocol):
 class WeightSource(Protocol):
     num_threads: int  # that should fill parts at the same time
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise CheckpointError unless a floating-point tensor of this name and shape is there."""
+    def check(self, part: WeightPart) -> None:
+        """Raise CheckpointError unless a floating-point tensor of this name and shape is there.
+
+        Where there is a twin too, the two must be equal.
+        """
         ...
 
     def warn_of_others(self, used: Set[str]) -> None:
@@ -69,8 +75,8 @@ def check_weights(model: nn.Module, source: WeightSource) -> None:
     """
     parts = list(weight_parts(model))
     for part in parts:
-        source.check(part.name, part.shape)
-    source.warn_of_others({part.name for part in parts})
+        source.check(part)
+    source.warn_of_others({name for part in parts for name in (part.name, part.twin) if name})
 
 
 def load_weights(

@@ -64,6 +64,15 @@ class Shard:
             if name != "__metadata__"
         }
 
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entries[name].dtype]
+
+    def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        """A region of a tensor, in its dtype, on the CPU."""
+        out = torch.empty([part.stop - part.start for part in region], dtype=self.dtype(name))
+        self.read_into(out, name, region)
+        return out
+
     def read_into(self, out: Tensor, name: str, region: tuple[slice, ...]) -> None:
         """Fill `out`, contiguous and on the CPU, of the tensor's dtype and the region's shape."""
         rows, columns = (slice(0, 1), *region)[-2:]  # a vector is one row
