@@ -95,8 +95,13 @@ class ModelConfig:
                 f"{where}: head_dim is {head_dim}; rotary embedding needs an even one"
             )
         rope = read_rope(raw, where, positions, head_dim)
-        if rope.kind == "yarn":  # config.json may give the context from before the stretching
+        # config.json may give the context from before the stretching.
+        if rope.kind == "yarn":
             positions = max(positions, int(rope.original_max_position_embeddings * rope.factor))
+        elif (
+            rope.kind == "linear"
+        ):  # and does not say which; as vLLM, rather too far than not far enough
+            positions = int(positions * rope.factor)
         return cls(
             architecture=architecture,
             vocab_size=fields.count("vocab_size"),

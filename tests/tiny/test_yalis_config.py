@@ -123,6 +123,11 @@ def test_yarn_reaches_as_far_as_it_stretches() -> None:
     assert config.rope.attention_factor == pytest.approx(1.1386, abs=1e-4)  # 0.1 ln 4 + 1
 
 
+def test_linear_scaling_reaches_as_far_as_it_stretches() -> None:
+    config = read(max_position_embeddings=4096, rope_scaling={"type": "linear", "factor": 2.5})
+    assert config.max_position_embeddings == 10240
+
+
 @pytest.mark.parametrize("window", [0, -1, "x", 1.5])
 def test_a_window_that_is_none(window: object) -> None:
     with pytest.raises(ConfigError, match=r"sliding_window is .*; it must be an integer"):
