@@ -1,33 +1,36 @@
 #!/usr/bin/env bash
 # Where nvrar stands on the GPUs of this machine: correct first, then measured, in one call of at most LIMIT_S
-# (570) seconds. One GPU does for the virtual cluster, two for all. Short lines go to the terminal; all that was
-# said, and the rows of the benches, to $OUT (default: a new folder). PARTS="checks bench" picks some.
+# (570) seconds. Two GPUs do for all; one, for the virtual cluster and, shared by two ranks (RANKS=8 by eight), for
+# what ranks must do right together. Short lines go to the terminal; all that was said, and the rows of the benches,
+# to $OUT (default: a new folder). PARTS="checks bench" picks some.
 # Needs `pip install '.[cu13]' pytest pytest-timeout`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."
 . benchmarks/steps.sh
 
-torchrun() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus"; }
+torchrun() { echo $shared python3 -m torch.distributed.run --standalone --nproc-per-node "$ranks"; }
 checks() { step "$1" "${*:3} on $2 ${NVRAR_TRANSPORT:-}" 'passed' $(torchrun) tests/dist/ranks_script.py "${@:2}"; }
 bench() { step "$1" "$2" '[┃│]|us of|\* ' $(torchrun) -m nvrar bench --device cuda --plans auto --timeout 20 "${@:3}"; }
 tests() { step "$1" "$2" 'passed|failed|^FAILED|^ERROR' python3 -m pytest -q --tb=short -p no:cacheprovider "${@:3}"; }
 wanted() { case " ${PARTS:-checks bench alone} " in *" $1 "*) true ;; *) false ;; esac; }
 
-if [ "$gpus" -gt 1 ] && wanted checks; then
+if [ "$gpus" -gt 0 ] && wanted checks; then
+    several="${ranks}x1"
+    [ $((ranks % 2)) = 1 ] || [ "$ranks" = 2 ] || several="2x$((ranks / 2)) $((ranks / 2))x2 ${ranks}x1"
     for transport in direct put; do
         export NVRAR_TRANSPORT=$transport
-        checks 100 "1x$gpus" bits layouts graphs norm storm
-        checks 80 "${gpus}x1" bits norm
-        for topology in "1x$gpus" "${gpus}x1"; do checks 50 "$topology" late mismatch; done
+        checks 100 "1x$ranks" bits layouts graphs norm storm
+        for topology in $several; do checks 80 "$topology" bits norm; done
+        for topology in "1x$ranks" $several; do checks 50 "$topology" late mismatch; done
     done
     unset NVRAR_TRANSPORT
-    checks 60 "1x$gpus" streams groups memory
-    checks 40 "1x$gpus" foreign_nvshmem
+    checks 60 "1x$ranks" streams groups memory
+    checks 40 "1x$ranks" foreign_nvshmem
     for example in all_reduce graph; do
         step 60 "examples/$example.py" 'nvrar.Communicator' $(torchrun) examples/$example.py
     done
 fi
-if [ "$gpus" -gt 1 ] && wanted bench; then
+if [ "$gpus" -ge "$ranks" ] && wanted bench; then
     sizes=1K,4K,16K,64K,128K,256K
     bench 120 "beside NCCL and symm_mem" --interleaved --sizes $sizes,512K,1M,2M,4M --json "$out/direct.jsonl"
     NVRAR_TRANSPORT=put bench 60 "put forced" --no-peers --sizes $sizes --json "$out/put.jsonl"

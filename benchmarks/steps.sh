@@ -9,6 +9,10 @@ trap 'rm -rf "$said"' EXIT
 deadline=$((SECONDS + ${LIMIT_S:-570}))
 num_steps=0
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+ranks=${RANKS:-$((gpus > 1 ? gpus : 2))}
+# Where ranks outnumber GPUs they share them: that shows what is right, and no times. The prefix of such commands.
+shared=
+if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$ranks" ]; then shared="env SHARED_GPU_RANKS=$ranks PYTHONPATH=tests/shared_gpu:$PYTHONPATH"; fi
 
 # step LIMIT_S NAME PATTERN COMMAND...: shows the lines that match; of a failure also the last that was said.
 step() {

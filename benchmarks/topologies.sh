@@ -2,14 +2,14 @@
 # What the GPUs of one host can show of many ranks: every topology that they can play, each plan checked, then timed
 # beside NCCL and torch's symmetric memory; a table of what is fastest (`nvrar tune`); and the engine at their
 # number. In one call of at most LIMIT_S (570) seconds; rows and all output go to $OUT (default: a new folder).
-# PARTS="direct put tune engine" picks some: with eight GPUs the first three, and the last in a call of its own. DEVICE=cpu RANKS=4 SIZES=1K,4K tries this script without a GPU.
+# PARTS="direct put tune engine" picks some: with eight GPUs the first three, and the last in a call of its own.
+# RANKS=8 on fewer GPUs checks the plans only; DEVICE=cpu RANKS=4 SIZES=1K,4K tries this script without a GPU.
 # Needs `pip install '.[cu13]'`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."
 . benchmarks/steps.sh
 
 device=${DEVICE:-cuda}
-ranks=${RANKS:-$gpus}
 sizes=${SIZES:-1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,1M,2M,4M,8M}
 plans=nvrar,one-shot,two-shot,direct,halving-doubling,auto
 small=examples/configs/llama-3.1-70b
@@ -21,12 +21,14 @@ case $ranks in
     *) echo "RANKS is $ranks; 2, 4 or 8 are known here" && exit 2 ;;
 esac
 wanted() { case " ${PARTS:-direct put tune engine} " in *" $1 "*) true ;; *) false ;; esac; }
-started() { echo python3 -m torch.distributed.run --standalone --nproc-per-node "$1"; }
+started() { echo $shared python3 -m torch.distributed.run --standalone --nproc-per-node "$1"; }
+# Of ranks that share a GPU every result is checked all the same.
+quick=$([ -z "$shared" ] || echo "--eager --no-peers --iterations 2 --rounds 1 --warmup 1")
 # bench LIMIT_S NxG OPTION...
 bench() {
     local nodes=${2%x*} each=${2#*x} name="$2 ${NVRAR_TRANSPORT:-direct}"
     step "$1" "$name" '[┃│]|us of|\* ' $(started $((nodes * each))) -m nvrar bench --device "$device" --nodes "$nodes" \
-        --ranks-per-node "$each" --sizes "$sizes" --plans $plans --max-bytes 8M --timeout 20 --predict --json "$out/${name// /-}.jsonl" "${@:3}"
+        --ranks-per-node "$each" --sizes "$sizes" --plans $plans --max-bytes 8M --timeout 20 --predict --json "$out/${name// /-}.jsonl" $quick "${@:3}"
 }
 # engine LIMIT_S NAME MODEL RANKS OPTION...
 engine() {
@@ -42,10 +44,10 @@ fi
 if wanted put; then
     for topology in $whole; do NVRAR_TRANSPORT=put bench 45 "$topology" --no-peers; done
 fi
-if wanted tune && [ "$device" = cuda ]; then
+if wanted tune && [ "$device" = cuda ] && [ -z "$shared" ]; then
     step 100 "tune" 'us|table' $(started "$ranks") -m nvrar tune --device cuda --budget 60 --output "$out/tables"
 fi
-if wanted engine && [ "$device" = cuda ]; then
+if wanted engine && [ "$device" = cuda ] && [ -z "$shared" ]; then
     [ "$ranks" -lt 8 ] || for nodes in 1 2; do engine 150 "405B on $nodes nodes" $large 8 --num-nodes $nodes; done
     for count in 2 4 8; do
         [ "$count" -gt "$ranks" ] || engine 80 "70B on $count ranks" $small "$count"

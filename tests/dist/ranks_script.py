@@ -1,4 +1,4 @@
-"""What every rank of tests/dist runs, a GPU each, under torchrun: ranks_script.py TOPOLOGY CHECK..."""
+"""What every rank of tests/dist runs under torchrun: ranks_script.py TOPOLOGY CHECK..."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from nvrar.testing import reference_all_reduce
 
 torch._inductor.config.compile_threads = 1  # its workers would be waited for at the end
 RANK = int(os.environ["RANK"])
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+DEVICE = torch.device("cuda", torch.cuda.current_device())
 TOPOLOGY = nvrar.Topology.parse(sys.argv[1])
 LENGTHS = (1, 2, 3, 63, 480, 481, 4096, 99_991, 1 << 20)
 
@@ -386,7 +387,6 @@ def check_mismatch() -> None:
 
 
 def main() -> None:
-    torch.cuda.set_device(DEVICE)
     dist.init_process_group("cpu:gloo,cuda:nccl", device_id=DEVICE)
     for name in sys.argv[2:]:
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""What every rank of test_symm_mem runs, a GPU each, under torchrun: yalis's backends over symmetric memory."""
+"""What every rank of a test in test_gpus.py runs under torchrun: yalis's backends over symmetric memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from yalis.layers import functional
 from yalis.parallel.all_reduce import SYMM_MEM_ALL_REDUCES, AllReduce, make_all_reduce
 
-DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+DEVICE = torch.device("cuda", torch.cuda.current_device())
 
 
 def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -34,7 +35,6 @@ def check(all_reduce: AllReduce, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def main() -> None:
-    torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl", device_id=DEVICE)
     group = dist.group.WORLD
     assert group is not None

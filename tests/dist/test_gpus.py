@@ -7,33 +7,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpus
 import pytest
-import torch
 
-SCRIPT = Path(__file__).with_name("ranks_script.py")
-GPUS = torch.cuda.device_count()
 CHECKS = ["bits", "layouts", "graphs", "norm", "storm", "streams", "groups"]
 CHECKS += ["foreign_nvshmem", "memory", "late", "mismatch"]
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(GPUS < 2, reason="needs two or more CUDA GPUs"),
+    pytest.mark.skipif(gpus.COUNT == 0, reason="needs a CUDA GPU, better two"),
     pytest.mark.timeout(300),
 ]
 
 
-@pytest.mark.parametrize("transport", ["direct", "put"])
-@pytest.mark.parametrize("topology", [f"1x{GPUS}", f"{GPUS}x1"])
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_every_gpu(check, topology, transport):
+def run(script: str, *arguments: str, **variables: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(GPUS), str(SCRIPT), topology, check]
+    command += ["--nproc-per-node", str(gpus.NUM_RANKS), str(Path(__file__).with_name(script))]
     done = subprocess.run(
-        command,
-        env={**os.environ, "NVRAR_TRANSPORT": transport, "OMP_NUM_THREADS": "1"},
+        [*command, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **gpus.variables(), **variables},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{check} on {topology}: passed" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("transport", ["direct", "put"])
+@pytest.mark.parametrize("topology", [f"1x{gpus.NUM_RANKS}", f"{gpus.NUM_RANKS}x1"])
+@pytest.mark.parametrize("check", CHECKS)
+def test_nvrar(check: str, topology: str, transport: str) -> None:
+    said = run("ranks_script.py", topology, check, NVRAR_TRANSPORT=transport)
+    assert f"{check} on {topology}: passed" in said
+
+
+def test_yalis_over_symmetric_memory() -> None:
+    assert "symm_mem: passed" in run("symm_mem_script.py")

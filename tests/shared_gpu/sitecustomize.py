@@ -1,0 +1,60 @@
+"""More ranks than GPUs: they share them, so that one GPU does for what ranks must do right together.
+
+Python imports this first in every process that has this folder on PYTHONPATH. SHARED_GPU_RANKS says how
+many GPUs there seem to be. NCCL refuses two ranks on one GPU, so gloo stands for it. Times mean nothing.
+
+Ranks' kernels run in turns of milliseconds. With CUDA's MPS (`nvidia-cuda-mps-control -d`) they run at once,
+which two ranks of nvrar can: those of more, or of an engine, may keep each other from a place on the GPU.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+
+import torch
+import torch.distributed as dist
+
+import yalis.device
+
+_count, _set_device = torch.cuda.device_count, torch.cuda.set_device
+_init, _new_group, _config = dist.init_process_group, dist.new_group, dist.get_backend_config
+_BOTH = "cpu:gloo,cuda:gloo"
+
+
+def device_count():
+    is_torch = f"{os.sep}torch{os.sep}" in sys._getframe(1).f_code.co_filename
+    return _count() if is_torch else int(os.environ["SHARED_GPU_RANKS"])
+
+
+def set_device(device):
+    index = device if isinstance(device, int) else torch.device(device).index
+    _set_device((index or 0) % _count())
+
+
+def without_nccl(backend):
+    return _BOTH if backend and "nccl" in backend else backend
+
+
+def init_process_group(backend=None, *args, device_id=None, **options):
+    _init(without_nccl(backend), *args, **options)
+
+
+def new_group(ranks=None, timeout=None, backend=None, *args, **options):
+    return _new_group(ranks, timeout, without_nccl(backend), *args, **options)
+
+
+def get_backend_config(group=None):
+    return str(_config(group)).replace(_BOTH, "cpu:gloo,cuda:nccl")
+
+
+def pick_device(name, local_rank=0):
+    if yalis.device.device_type(name) == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % _count())
+
+
+torch.cuda.device_count, torch.cuda.set_device = device_count, set_device
+dist.init_process_group, dist.new_group = init_process_group, new_group
+dist.get_backend_config = get_backend_config
+yalis.device.pick_device = pick_device
