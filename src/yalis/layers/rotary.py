@@ -31,7 +31,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
         # yarn (arXiv 2309.00071): as above, but the share slides with the pair's number.
         first, last = rope.yarn_bounds
         pairs = torch.arange(head_dim // 2, dtype=torch.float32)
-        keep = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
+        # Where theta is very small, they come in the other order, and all is stretched.
+        keep = 1 - ((pairs - first) / ((last - first) or 1e-3)).clamp(0, 1)
     return frequencies * keep + stretched * (1 - keep)
 
 
