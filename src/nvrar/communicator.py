@@ -27,10 +27,10 @@ from nvrar.options import Options, agree
 from nvrar.plan import Plan
 from nvrar.registry import by_name
 from nvrar.rms_norm import add_rms_norm, refusal_of_norm
+from nvrar.routing import FASTER_BY_TORCH, Routing
 from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
-from nvrar.table import bucket
 from nvrar.topology import Topology
-from nvrar.tune import Choice, Chooser
+from nvrar.tune import Chooser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("nvrar")
 
 _DENSE = torch.contiguous_format
-_MOST_PLAIN_CALLS = 4096
-_FASTER_BY_TORCH = "sizes at which the measured table has torch faster"
+_MOST_KEPT = 4096
 
 
 @dataclass
@@ -121,7 +120,7 @@ class Communicator:
         self.plan = plan if plan == "auto" else Plan.resolve(plan, self.topology)
         usual = USUAL["host" if agreement.gpu_unavailable else "gpu"]
         self.machine = machine_named(machine) if isinstance(machine, str) else machine or usual
-        self._chooser = Chooser(
+        chooser = Chooser(
             self.topology,
             self.machine,
             self.plan if isinstance(self.plan, Plan) else None,
@@ -130,10 +129,6 @@ class Communicator:
             tables=agreement.tables,
         )
         self._link = agreement.link
-        self._choices: dict[tuple[int, torch.dtype], Choice] = {}
-        # Sizes, types and operations that the GPU takes as they are.
-        self._plain_calls: set[tuple[int, torch.dtype, str]] = set()
-        self._too_large = f"messages above max_bytes ({max_bytes})"
         self._host = HostCalls(self.group, self.topology, self.name, wire_dtype)
         self._sideband = Sideband(self.group, self.name, timeout_s)
         self._gpu_unavailable = agreement.gpu_unavailable
@@ -143,7 +138,7 @@ class Communicator:
                 self._gpu = gpu.make_calls(
                     self.group,
                     self.topology,
-                    self._chooser.choose,
+                    chooser.choose,
                     max_bytes,
                     wire_dtype,
                     timeout_s,
@@ -152,6 +147,10 @@ class Communicator:
                 self._link = self._gpu.link
             except GpuUnavailable as error:  # the same on every rank
                 self._gpu_unavailable = str(error)
+        is_host = executor == "host" or self.world_size == 1
+        without_gpu = None if is_host else self._gpu_unavailable
+        self._routing = Routing(chooser, self._link, max_bytes, wire_dtype, without_gpu)
+        self._on_gpu: set[tuple[int, torch.dtype, str]] = set()  # sizes, types, operations it takes
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
@@ -229,7 +228,7 @@ class Communicator:
             return out, residual_out
         calls = self._gpu if x.is_cuda else None
         with torch.no_grad():
-            if calls is not None and self._sums_rows(calls, x):
+            if calls is not None and not self._routing.why_torch(x) and calls.sums_rows(x):
                 self._check_gpu_call(calls, x)
                 calls.add_rms_norm(x, residual, weight, eps, out, residual_out, sums=True)
                 return out, residual_out
@@ -257,12 +256,10 @@ class Communicator:
         :meth:`all_reduce_add_rms_norm` too. Without a GPU there is nothing to do.
         """
         if self._gpu is not None:
-            wire = host.wire_type(dtype, self.wire_dtype)
-            wide = wire.itemsize // dtype.itemsize
-            wanted = [n for n in sizes if n <= self.max_bytes]
-            self._gpu.warmup((n * wide for n in wanted), wire, op)
-            if norm:  # of what is sent wider the sum has a launch of its own
-                self._gpu.warmup_norm(wanted if wire == dtype else (), dtype)
+            sizes = list(sizes)
+            self._gpu.warmup(sizes, dtype, op)
+            if norm:
+                self._gpu.warmup_norm(sizes, dtype)
 
     def check(self, *, wait: bool = True) -> None:
         """Waits for the GPU, and raises what went wrong in calls so far. Local.
@@ -290,7 +287,7 @@ class Communicator:
         """
         if not isinstance(num_bytes, int) or num_bytes < 0:
             raise ArgumentError(f"num_bytes is {num_bytes!r}; it must be a whole number, 0 or more")
-        return self._choice(num_bytes, dtype).plan
+        return self._routing.choice(num_bytes, dtype).plan
 
     def executor_for(self, device: str) -> str:
         """What carries out calls on tensors of ``"cpu"`` or ``"cuda"``: ``"host"``, ``"gpu"``, or
@@ -383,37 +380,17 @@ class Communicator:
         self._sideband.publish(Report(epoch, "", refused=refusal))
         raise ArgumentError(refusal)
 
-    def _choice(self, num_bytes: int, dtype: torch.dtype) -> Choice:
-        """For a tensor of ``num_bytes``; what is sent may be wider."""
-        wire = host.wire_type(dtype, self.wire_dtype)
-        key = (bucket(num_bytes * wire.itemsize // dtype.itemsize), wire)
-        found = self._choices.get(key)
-        if found is None:
-            found = self._choices[key] = self._chooser.choose(
-                key[0], host.type_name(wire), self._link
-            )
-        return found
-
     def _run_gpu(self, calls: GpuCalls, x: Tensor, out: Tensor, op: str) -> None:
         self._check_gpu_call(calls, x)
         call = (x.nbytes, x.dtype, op)
-        is_dense = x.is_contiguous() and out.is_contiguous()
-        if is_dense and call in self._plain_calls:
-            return calls.all_reduce(x, out, op)
-        reason = calls.why_unsupported(x.dtype, op) or self._left_to_torch(x)
-        if reason:
-            with torch.no_grad():
-                return self._run_torch(x, out, op, reason)
-        wire = host.wire_type(x.dtype, self.wire_dtype)
-        if is_dense and wire == x.dtype:
-            if len(self._plain_calls) < _MOST_PLAIN_CALLS:
-                self._plain_calls.add(call)
-            return calls.all_reduce(x, out, op)
-        with torch.no_grad():
-            packed = x.to(wire, memory_format=_DENSE, copy=True)
-            calls.all_reduce(packed, packed, op)
-            out.copy_(packed)
-        return None
+        if call not in self._on_gpu:
+            reason = calls.why_unsupported(x.dtype, op) or self._routing.why_torch(x)
+            if reason:
+                with torch.no_grad():
+                    return self._run_torch(x, out, op, reason)
+            if len(self._on_gpu) < _MOST_KEPT:
+                self._on_gpu.add(call)
+        return calls.all_reduce(x, out, op)
 
     def _check_gpu_call(self, calls: GpuCalls, x: Tensor) -> None:
         if calls.has_failed:
@@ -425,19 +402,13 @@ class Communicator:
                 "device of its tensors is the current one (torch.cuda.set_device)",
             )
 
-    def _sums_rows(self, calls: GpuCalls, x: Tensor) -> bool:
-        """Whether sum and norm are one launch. Equal on all ranks that make the same call."""
-        if self._left_to_torch(x) or host.wire_type(x.dtype, self.wire_dtype) != x.dtype:
-            return False
-        return calls.sums_rows(x)
-
     def _raise_gpu_failure(self, calls: GpuCalls) -> None:
         if calls.has_failed and self._ended is None:
             deadline = time.monotonic() + self._sideband.grace_s
             self._end(calls.report(), deadline, None)
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
-        reason = self._fallback_reason(x)
+        reason = self._routing.why_not_host(x)
         if reason:
             return self._run_torch(x, out, op, reason)
         plan = self.plan_for(x.nbytes, x.dtype)
@@ -448,7 +419,7 @@ class Communicator:
             self._warned.add(reason)
             # Once in a job, not once a rank: the reason is the same on all of them.
             level = logging.WARNING if self.rank == 0 else logging.DEBUG
-            is_meant = reason == _FASTER_BY_TORCH or not self.max_bytes
+            is_meant = reason == FASTER_BY_TORCH or not self.max_bytes
             level = min(level, logging.INFO) if is_meant else level
             log.log(level, "nvrar leaves calls to torch.distributed.all_reduce: %s", reason)
         self.stats.fallbacks[reason] += 1
@@ -472,19 +443,3 @@ class Communicator:
         else:
             self._ended = self._sideband.explain(report, deadline)
         raise self._ended from cause
-
-    def _fallback_reason(self, x: Tensor) -> str:
-        """Why no executor takes ``x``; empty if one does. Equal on all ranks that make the same call."""
-        if x.dtype not in host.DTYPES:
-            return f"dtype {x.dtype}"
-        if x.device.type != "cpu" and self.executor != "host" and self.world_size > 1:
-            return f"no executor for {x.device.type} tensors: {self._gpu_unavailable}"
-        return self._left_to_torch(x)
-
-    def _left_to_torch(self, x: Tensor) -> str:
-        """Why torch's all-reduce takes ``x`` though an executor could; empty if it does not."""
-        if x.nbytes > self.max_bytes:
-            return self._too_large
-        if self._chooser.tables and (x.is_cuda or self._gpu is None):
-            return _FASTER_BY_TORCH if self._choice(x.nbytes, x.dtype).by_torch else ""
-        return ""

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from nvrar import gpu
-from nvrar.communicator import Communicator
 from nvrar.cost import machine_named
 from nvrar.gpu import kernel, links
-from nvrar.gpu.algorithms import Algorithms
+from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.calls import GpuCalls
 from nvrar.gpu.executor import GpuExecutor
 from nvrar.gpu.links import Device
@@ -92,89 +91,92 @@ def test_a_failure_counts_calls_as_the_host_does() -> None:
     assert (report.epoch, report.waits_on, report.timed_out) == (1, 1, True)
 
 
-class Recorder:
-    """Stands for GpuCalls: records what a communicator would prepare and launch."""
+class Executor:
+    """Stands for GpuExecutor: keeps what it is told to prepare, load and launch; sums nothing."""
 
-    def __init__(self) -> None:
-        self.device, self.has_failed = SimpleNamespace(index=-1), False
-        self.prepared: list[tuple[list[int], torch.dtype]] = []
-        self.norms: list[tuple[list[int], torch.dtype]] = []
-        self.launched: list[tuple[int, torch.dtype]] = []
+    def __init__(self, group, topology, algorithms, timeout_s: float, budget_s: float) -> None:
+        self.device, self.failure = SimpleNamespace(index=0), SimpleNamespace(kind=0)
+        self.most_bytes = max(algorithms("nvlink").values())
+        self.prepared: list[tuple[int, torch.dtype]] = []
+        self.loaded: list[str] = []
+        self.launched: list[int] = []
 
-    def why_unsupported(self, dtype: torch.dtype, op: str) -> str:
-        return ""
+    def prepare(self, num_bytes: int, dtype: torch.dtype, op: str, algorithm) -> int:
+        self.prepared.append((num_bytes, dtype))
+        return num_bytes
 
-    def warmup(self, sizes, dtype: torch.dtype, op: str = "sum") -> None:
-        self.prepared.append((list(sizes), dtype))
+    def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
+        self.loaded.append(str(algorithm.plan))
 
-    def warmup_norm(self, sizes, dtype: torch.dtype) -> None:
-        self.norms.append((list(sizes), dtype))
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, op: str) -> None:
-        self.launched.append((x.nbytes, x.dtype))
+    def launch(self, num_bytes: int, x: torch.Tensor, out: torch.Tensor) -> None:
+        assert x.is_contiguous()
+        assert out.is_contiguous()
+        assert x.nbytes == num_bytes
+        self.launched.append(num_bytes)
         out.copy_(x.detach())
 
 
-def communicator(wire_dtype: torch.dtype | None) -> tuple[Communicator, Recorder]:
-    comm, calls = object.__new__(Communicator), Recorder()
-    comm._gpu, comm.wire_dtype, comm.max_bytes = calls, wire_dtype, 1000
-    comm._choices, comm._link, comm._plain_calls = {}, "nvlink", set()
-    comm._chooser = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("split:2"))
-    return comm, calls
-
-
-def test_what_is_sent_in_fp32_is_prepared_in_fp32() -> None:
-    comm, calls = communicator(torch.float32)
-    comm.warmup([2, 1000, 1001])
-    assert calls.prepared == [([4, 2000], torch.float32)]
-    x = torch.ones(500, dtype=torch.bfloat16)  # max_bytes, and twice that on the wire
-    comm._run_gpu(calls, x, torch.empty_like(x), "sum")
-    assert calls.launched == [(2000, torch.float32)]
-
-
-def test_a_norm_is_prepared_in_its_own_type() -> None:
-    for wire_dtype, summed in ((None, [512]), (torch.float32, [])):
-        comm, calls = communicator(wire_dtype)
-        comm.warmup([512, 4096], norm=True)
-        assert calls.norms == [(summed, torch.bfloat16)]
-        comm.warmup([4096])
-        assert len(calls.norms) == 1
-
-
-def test_the_norm_alone_is_always_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages above max_bytes are summed by torch, and normalised by a kernel that has to be loaded."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    calls, loaded = object.__new__(GpuCalls), []
-    one_shot = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("exchange:2"))
-    of_type = Algorithms(lambda n: one_shot.choose(n, "bfloat16", "nvlink"), 1 << 20, "nvlink")
-    calls._algorithms, calls.device = {torch.bfloat16: of_type}, None
-    calls._executor = SimpleNamespace(load_rows=lambda dtype, a: loaded.append(str(a.plan)))
-    calls.warmup_norm([], torch.bfloat16)
-    assert loaded == ["identity"]
-    calls.warmup_norm([0, 512, 1 << 20, 1 << 20], torch.bfloat16)
-    assert loaded == ["identity", "identity", "exchange:2", "exchange:2"]  # LL, LL128
-    calls.warmup_norm([512], torch.int32)
-    assert len(loaded) == 4
-
-
-def test_the_workspace_is_made_for_what_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, recorder = [], Recorder()
-    monkeypatch.setattr("nvrar.gpu.calls.GpuCalls", lambda *given: made.append(given) or recorder)
+@pytest.fixture
+def make_calls(monkeypatch: pytest.MonkeyPatch):
+    """Of up to 1000 bytes, on the stand-in of an executor."""
+    monkeypatch.setattr("nvrar.gpu.calls.GpuExecutor", Executor)
     monkeypatch.setattr("nvrar.gpu.together", lambda group, what, action, wait: [action()])
-    for wire_dtype in (None, torch.float32):
-        calls = gpu.make_calls(None, Topology(1, 2), None, 1000, wire_dtype, 5.0, 4.0)
-        assert calls is recorder
-    assert [given[3] for given in made] == [1000, 2000]
-    assert [(max(sizes), dtype) for sizes, dtype in recorder.prepared] == [
-        (1000, torch.bfloat16),
-        (2000, torch.float32),
-    ]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    chooser = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("exchange:2"))
+
+    def make(wire_dtype: torch.dtype | None = None) -> GpuCalls:
+        group = SimpleNamespace(rank=lambda: 0)
+        made = gpu.make_calls(group, Topology(1, 2), chooser.choose, 1000, wire_dtype, 5.0, 4.0)
+        made._executor.prepared.clear()
+        return made
+
+    return make
 
 
-def test_strided_parameters_are_reduced_in_place() -> None:
-    comm, calls = communicator(None)
+@pytest.mark.parametrize(("wire_dtype", "wider"), [(None, 1), (torch.float32, 2)])
+def test_memory_and_kernels_are_made_for_what_is_sent(make_calls, wire_dtype, wider: int) -> None:
+    calls = make_calls(wire_dtype)
+    assert calls._executor.most_bytes == 1000 * wider
+    calls.warmup([0, 2, 1000, 1001], torch.bfloat16)
+    wire = wire_dtype or torch.bfloat16
+    assert calls._executor.prepared == [(2 * wider, wire), (1000 * wider, wire)]
+    x = torch.ones(500, dtype=torch.bfloat16)  # max_bytes, and twice that where it is sent wider
+    out = torch.empty_like(x)
+    calls.all_reduce(x, out, "sum")
+    assert calls._executor.launched == [1000 * wider]
+    assert len(calls._executor.prepared) == 2  # before
+    assert torch.equal(out, x)
+
+
+def test_creation_compiles_bfloat16_sums_of_all_sizes(make_calls, monkeypatch) -> None:
+    warmed = []
+    monkeypatch.setattr(
+        GpuCalls, "warmup", lambda calls, sizes, dtype: warmed.append((sizes, dtype))
+    )
+    make_calls()
+    assert warmed == [([1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000], torch.bfloat16)]
+
+
+def test_a_norm_is_prepared_in_its_own_type(make_calls) -> None:
+    """And alone: messages above max_bytes are summed by torch, and normalised by a kernel of ours."""
+    for wire_dtype, summed in ((None, ["exchange:2"]), (torch.float32, [])):
+        calls = make_calls(wire_dtype)
+        calls.warmup_norm([0, 512, 1000, 4096], torch.bfloat16)
+        assert calls._executor.loaded == ["identity", *summed]
+        calls.warmup_norm([], torch.bfloat16)
+        assert calls._executor.loaded == ["identity", *summed, "identity"]
+        calls.warmup_norm([512], torch.int32)
+        assert len(calls._executor.loaded) == 2 + len(summed)
+        x = torch.ones(1, 32, dtype=torch.bfloat16)
+        calls._executor.has_room_for = lambda rows, algorithm: True
+        assert calls.sums_rows(x) == bool(summed)
+
+
+def test_strided_parameters_are_reduced_in_place(make_calls) -> None:
     weight = nn.Parameter(torch.ones(4, 6).t())
     assert not weight.is_contiguous()
-    comm._run_gpu(calls, weight, weight, "sum")
-    assert calls.launched == [(96, torch.float32)]
+    calls = make_calls()
+    calls.all_reduce(weight, weight, "sum")
+    assert calls._executor.launched == [96]
     assert weight.is_leaf

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from nvrar.errors import GpuUnavailable
-from nvrar.host import wire_type
 from nvrar.sideband import together
 
 if TYPE_CHECKING:
@@ -88,13 +87,11 @@ def make_calls(
     """
     from nvrar.gpu.calls import GpuCalls
 
-    wire = wire_type(torch.bfloat16, wire_dtype)
-    wider = wire.itemsize // torch.bfloat16.itemsize
-    made = GpuCalls(group, topology, choose, max_bytes * wider, timeout_s, budget_s)
+    made = GpuCalls(group, topology, choose, max_bytes, wire_dtype, timeout_s, budget_s)
     sizes = [*(1 << exponent for exponent in range(max_bytes.bit_length())), max_bytes]
 
     def compile_all() -> None:
-        made.warmup((num_bytes * wider for num_bytes in sizes), wire)
+        made.warmup(sizes, torch.bfloat16)
 
     try:
         together(group, "kernels", compile_all, timeout_s + COMPILE_S)

@@ -1,4 +1,4 @@
-"""The GPU executor as a communicator uses it: a size and a type in, one launch out."""
+"""The GPU executor as a communicator uses it: any tensor in, one launch out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvrar.gpu.executor import GpuExecutor, Prepared
 from nvrar.gpu.jit import OPS, TYPES
 from nvrar.gpu.kernel import NO_FAILURE, OTHER_CALL
 from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
-from nvrar.host import type_name
+from nvrar.host import type_name, wire_type
 from nvrar.plan import Plan
 from nvrar.rms_norm import DTYPES
 from nvrar.sideband import Report
@@ -33,8 +33,9 @@ _NO_SUM = Algorithm(Plan(()), LL128)
 class GpuCalls:
     """Collective to make; see :class:`nvrar.gpu.executor.GpuExecutor` for what it raises.
 
-    ``choose`` (see :meth:`nvrar.tune.Chooser.choose`) and ``max_bytes`` are of messages as they are sent.
-    ``link`` says how the peers are reached, in the words of :class:`nvrar.table.Key`.
+    ``choose`` (see :meth:`nvrar.tune.Chooser.choose`) is of messages as they are sent, which ``wire_dtype``
+    may widen; ``max_bytes`` is of tensors. ``link`` says how the peers are reached, in the words of
+    :class:`nvrar.table.Key`.
     """
 
     def __init__(
@@ -43,17 +44,22 @@ class GpuCalls:
         topology: Topology,
         choose: Callable[..., Choice],
         max_bytes: int,
+        wire_dtype: torch.dtype | None,
         timeout_s: float,
         budget_s: float,
     ) -> None:
+        self._max_bytes, self._wire_dtype = max_bytes, wire_dtype
         self._topology = topology
         self._position = topology.position_of(group.rank())
+
+        # Whatever the type, since a narrow one may be sent as a wide one.
+        most_sent = max_bytes * (1 if wire_dtype is None else 2)
 
         def algorithms(link: str) -> dict[Algorithm, int]:
             self.link = link
             for dtype in TYPES:
                 of_type = partial(choose, dtype=type_name(dtype), link=link)
-                self._algorithms[dtype] = Algorithms(of_type, max_bytes, link)
+                self._algorithms[dtype] = Algorithms(of_type, most_sent, link)
             return _largest(self._algorithms.values())
 
         self._algorithms: dict[torch.dtype, Algorithms] = {}
@@ -70,16 +76,26 @@ class GpuCalls:
         return ""
 
     def all_reduce(self, x: Tensor, out: Tensor, op: str) -> None:
-        """Both contiguous, on :attr:`device`, of a type that :meth:`why_unsupported` lets pass; not empty."""
+        """Of any layout, on :attr:`device`, of a type that :meth:`why_unsupported` lets pass; not empty."""
         if torch.cuda.current_device() != self.device.index:  # launches go to the current device
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out, op)
+        wire = x.dtype if self._wire_dtype is None else wire_type(x.dtype, self._wire_dtype)
+        if not (wire is x.dtype and x.is_contiguous() and out.is_contiguous()):
+            with torch.no_grad():
+                packed = x.to(wire, memory_format=_DENSE, copy=True)
+                self._launch(packed, packed, op)
+                out.copy_(packed)
+                return None
+        self._launch(x, out, op)
+        return None
+
+    def _launch(self, x: Tensor, out: Tensor, op: str) -> None:
         key = (x.nbytes, x.dtype, op)
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = self._prepare(*key)
         self._executor.launch(prepared, x, out)
-        return None
 
     def takes_rows(self, x: Tensor) -> bool:
         """Whether :meth:`add_rms_norm` has a kernel for the rows of ``x``. By shape and type alone."""
@@ -88,6 +104,8 @@ class GpuCalls:
 
     def sums_rows(self, x: Tensor) -> bool:
         """Whether it may also sum over the ranks in the same launch. Equal on all of them."""
+        if wire_type(x.dtype, self._wire_dtype) != x.dtype:
+            return False
         rows = Rows(x.numel() // x.shape[-1], x.shape[-1] * x.element_size())
         room = self._executor.has_room_for
         return self.takes_rows(x) and room(rows, self._algorithms[x.dtype].of(x.nbytes))
@@ -128,21 +146,29 @@ class GpuCalls:
         return None
 
     def warmup(self, sizes: Iterable[int], dtype: torch.dtype, op: str = "sum") -> None:
-        """Compiles and loads what messages of ``sizes`` bytes need; nothing where
+        """Compiles and loads what tensors of ``sizes`` bytes need, up to ``max_bytes``; nothing where
         :meth:`why_unsupported` names a reason. Local."""
         if self.why_unsupported(dtype, op):
             return
+        wire = wire_type(dtype, self._wire_dtype)
+        wider = wire.itemsize // dtype.itemsize
         with torch.cuda.device(self.device):
-            for num_bytes in filter(None, sizes):
-                self._prepare(num_bytes, dtype, op)
+            for num_bytes in self._sent(sizes):
+                self._prepare(num_bytes * wider, wire, op)
 
     def warmup_norm(self, sizes: Iterable[int], dtype: torch.dtype) -> None:
         """The same of :meth:`add_rms_norm`, with sums of ``sizes`` bytes and without. Local."""
-        if dtype in DTYPES:
-            algorithms = [_NO_SUM, *(self._algorithms[dtype].of(n) for n in filter(None, sizes))]
-            with torch.cuda.device(self.device):
-                for algorithm in dict.fromkeys(algorithms):
-                    self._executor.load_rows(dtype, algorithm)
+        if dtype not in DTYPES:
+            return
+        # Of what is sent wider, the sum has a launch of its own.
+        summed = self._sent(sizes) if wire_type(dtype, self._wire_dtype) == dtype else []
+        algorithms = [_NO_SUM, *(self._algorithms[dtype].of(n) for n in summed)]
+        with torch.cuda.device(self.device):
+            for algorithm in dict.fromkeys(algorithms):
+                self._executor.load_rows(dtype, algorithm)
+
+    def _sent(self, sizes: Iterable[int]) -> list[int]:
+        return [n for n in sizes if 0 < n <= self._max_bytes]
 
     def _prepare(self, num_bytes: int, dtype: torch.dtype, op: str) -> Prepared:
         algorithm = self._algorithms[dtype].of(num_bytes)
