@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import pytest
 import torch
 
 import gpus
-from yalis import LLM, SamplingParams
+from yalis import LLM, SamplingParams, WorkerError
 from yalis.outputs import RequestOutput
 from yalis.testing import make_checkpoint
 
@@ -23,6 +28,9 @@ pytestmark = [
 
 PROMPTS = [[(7 * i + 3 * j + i * j) % 500 + 4 for j in range(1 + 9 * i)] for i in range(8)]
 GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+# All prompts fill a step: it is captured as it is, and not padded to what cuBLAS computes otherwise.
+OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": sum(map(len, PROMPTS))}
+OPTIONS |= {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +72,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def serve(model: str, params: Any = GREEDY, **options: Any) -> list[RequestOutput]:
-    # All prompts fill a step: it is captured as it is, and not padded to what cuBLAS computes otherwise.
-    all_prompts = sum(map(len, PROMPTS))
-    options = {"max_num_seqs": 8, "max_num_batched_tokens": all_prompts} | options
-    options = {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20} | options
-    with LLM(model, device="cuda", **options) as llm:
+    with LLM(model, device="cuda", **(OPTIONS | options)) as llm:
         return llm.generate(PROMPTS, params, use_tqdm=False)
 
 
@@ -233,3 +237,52 @@ def test_all_reduces_are_exchanged_with_their_graphs(model: str, reference: Refe
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
             check(outputs, reference)
         assert token_ids(outputs) == token_ids(first)
+
+
+LAUNCHED = """
+import json, os, sys
+from yalis import LLM, SamplingParams, WorkerError
+
+model, folder, prompts, options = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
+params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
+with LLM(model, device="cuda", tensor_parallel_size=2, **options) as llm:
+    tokens = [output.token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(tokens, file)
+"""
+
+
+@pytest.mark.usefixtures("shared")
+def test_launched_ranks_have_the_tokens_of_workers(model: str, tmp_path: Path) -> None:
+    workers = [list(tokens) for tokens in token_ids(serve(model, tensor_parallel_size=2))]
+    (script := tmp_path / "script.py").write_text(LAUNCHED)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    given = [model, str(tmp_path), json.dumps(PROMPTS), json.dumps(OPTIONS)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == workers
+
+
+@pytest.mark.usefixtures("shared")
+def test_a_rank_killed_in_decode_is_named_and_none_stays(model: str) -> None:
+    llm = LLM(model, device="cuda", tensor_parallel_size=2, **OPTIONS)
+    pids = llm._executor.pids
+
+    def kill(phase: str, done: int, total: int) -> None:
+        if done == 10:
+            os.kill(pids[1], signal.SIGKILL)
+
+    params = SamplingParams(max_tokens=900, temperature=0, ignore_eos=True)
+    begin_s = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"rank 1 \(pid {pids[1]}\) was killed by signal 9"):
+        llm.generate(PROMPTS[1], params, on_progress=kill)
+    assert time.monotonic() - begin_s < 20
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    llm.close()
