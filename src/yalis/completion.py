@@ -62,9 +62,10 @@ class Completion:
         if self.sequence.is_finished:
             final = self._final_text()
             # Broken bytes may read otherwise in the whole; what was given out cannot be taken back.
-            is_continued = final.startswith(self._text[: self._num_shown])
+            if self._detokenizer and not final.startswith(self._text[: self._num_shown]):
+                final = self._text + self._detokenizer.held_back
             begin, self._num_shown = self._num_shown, len(final)
-            return final[begin:] if is_continued else ""
+            return final[begin:]
         end = len(self._text) - self._num_held_back()
         begin, self._num_shown = self._num_shown, max(self._num_shown, end)
         return self._text[begin : self._num_shown]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -177,6 +178,28 @@ def test_a_stop_string_counts_though_half_a_character_follows_it(stop: str, text
         shown += completion.take_text()
     assert (shown, completion.output().text) == (text, text)
     assert sequence.finish_reason == ("length" if "x" in stop else "stop")
+
+
+def test_a_stream_goes_on_where_the_whole_reads_otherwise(tmp_path: Path) -> None:
+    pieces = ["a", "b", "c", *(f"<0x{byte:02X}>" for byte in "🙂".encode())]
+    # As Llama 2's: in a run of bytes that is not all characters none is one.
+    byte_fallback = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
+    )
+    byte_fallback.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    byte_fallback.save(str(tmp_path / "tokenizer.json"))
+    params = SamplingParams(stop="bca", max_tokens=8)
+    sequence = Continuation(0, 0, (0,), params, seed=0, max_len=9)
+    completion, shown = Completion(sequence, Tokenizer(tmp_path), is_streamed=True), ""
+    for token_id in (3, 4, 5, 6, 3, 0, 1, 2):
+        sequence.output_token_ids.append(token_id)
+        completion.append(None)
+        shown += completion.take_text()
+    assert sequence.finish_reason == "length"
+    assert completion.output().text == "\ufffd" * 5 + "abc"
+    assert shown == "🙂" + "\ufffd" * 4 + "abc"
 
 
 def test_no_piece_of_a_character_is_shown(tokenizer: Tokenizer) -> None:
