@@ -229,15 +229,26 @@ def test_stop_tokens_end_it_and_min_tokens_keep_them_away(
         llm.generate("Once", replace(GREEDY, stop_token_ids=[512]))
 
 
-def test_penalties_hold_through_preemption_and_known_beginnings(model: str) -> None:
-    params = replace(GREEDY, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2)
+@torch.inference_mode()
+def test_penalties_are_those_of_the_definition_through_preemption_and_known_beginnings(
+    model: str,
+) -> None:
+    params = replace(GREEDY, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-2.0)
     said = []
     for options in ({}, OPTIONS["preempted"]):
         with LLM(model, **options) as llm:
             said += [llm.generate(PROMPTS, params) for _ in range(2)]
     assert said[0] == said[1] == said[2] == said[3]
-    with LLM(model) as llm:
-        assert llm.generate(PROMPTS, GREEDY) != said[0]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for request in said[0]:
+        ids, output = list(request.prompt_token_ids), torch.zeros(512)  # how often each was drawn
+        for token_id in request.token_ids:
+            logits = reference(torch.tensor([ids])).logits[0, -1]
+            scaled = torch.where(logits > 0, logits / 1.5, logits * 1.5)
+            logits[ids] = scaled[ids]
+            assert token_id == (logits + 2 * output - 0.5 * (output > 0)).argmax()
+            ids.append(token_id)
+            output[token_id] += 1
 
 
 @torch.inference_mode()
