@@ -13,7 +13,8 @@ from yalis.errors import CheckpointError
 REPLACEMENT = "\ufffd"  # stands for bytes that form no character
 # Of the prompt: enough for a decoder to know that it is not at a text's start.
 _NUM_CONTEXT_TOKENS = 6
-# A character spans at most four tokens; text unfinished after this many is broken, and goes out as it is.
+_MAX_TOKENS_OF_CHARACTER = 4
+# Text unfinished after this many tokens is broken, and goes out as it is.
 _MAX_HELD_BACK = 16
 
 
@@ -43,10 +44,23 @@ class Tokenizer:
 
     def decode_after(self, prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> str:
         """The text that `token_ids` add to a prompt, with the space that a decoder drops at a start."""
-        context = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
-        before, whole = self.decode(context), self.decode([*context, *token_ids])
+        context = _context(self, prompt_token_ids)
+        before, whole = self.decode(context), self._decode_cut_off([*context, *token_ids])
         # Broken bytes in the output can change how the prompt's last bytes read; then it stands alone.
         return whole[len(before) :] if whole.startswith(before) else self.decode(token_ids)
+
+    def _decode_cut_off(self, token_ids: Sequence[int]) -> str:
+        """As `decode`, but where bytes of the last character lack, the characters before it are read.
+
+        Some decoders give up on all of the bytes that lie together.
+        """
+        text = self.decode(token_ids)
+        if text.endswith(REPLACEMENT):
+            for num_last in range(1, _MAX_TOKENS_OF_CHARACTER):
+                finished = self.decode(token_ids[:-num_last])
+                if not finished.endswith(REPLACEMENT):
+                    return text if text.startswith(finished) else finished + REPLACEMENT
+        return text
 
 
 class Detokenizer:
@@ -59,7 +73,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt_token_ids[-_NUM_CONTEXT_TOKENS:])
+        self._window = _context(tokenizer, prompt_token_ids)
         self._num_shown = len(self._window)  # tokens of the window whose text is out already
         self.held_back = ""  # what the others read like so far
 
@@ -76,3 +90,15 @@ class Detokenizer:
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
         return whole[len(shown) :]
+
+
+def _context(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, from the beginning of a character where they have one.
+
+    Half a character in front would make some decoders read none of the bytes that follow, in the output too.
+    """
+    for num_tokens in range(_NUM_CONTEXT_TOKENS, _NUM_CONTEXT_TOKENS + _MAX_TOKENS_OF_CHARACTER):
+        context = list(prompt_token_ids[-num_tokens:])
+        if not tokenizer.decode(context).startswith(REPLACEMENT):
+            break
+    return context

@@ -180,20 +180,38 @@ def test_a_stop_string_counts_though_half_a_character_follows_it(stop: str, text
     assert sequence.finish_reason == ("length" if "x" in stop else "stop")
 
 
-def test_a_stream_goes_on_where_the_whole_reads_otherwise(tmp_path: Path) -> None:
-    pieces = ["a", "b", "c", *(f"<0x{byte:02X}>" for byte in "🙂".encode())]
-    # As Llama 2's: in a run of bytes that is not all characters none is one.
-    byte_fallback = tokenizers.Tokenizer(
-        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
-    )
-    byte_fallback.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    )
-    byte_fallback.save(str(tmp_path / "tokenizer.json"))
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As Llama 2's: in a run of bytes that is not all characters none is one."""
+    pieces = [*"abc", *(f"<0x{byte:02X}>" for byte in range(256))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], byte_fallback=True))
+    parts = tokenizers.decoders
+    tokenizer.decoder = parts.Sequence([parts.ByteFallback(), parts.Fuse()])
+    folder = tmp_path_factory.mktemp("t")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@given(st.text("abé龍🙂", min_size=1), st.text("abé龍🙂", min_size=1))
+def test_characters_of_many_tokens_beside_each_other(
+    byte_fallback: Tokenizer, before: str, text: str
+) -> None:
+    prompt, ids = byte_fallback.encode(before), byte_fallback.encode(text)
+    growing = Detokenizer(byte_fallback, prompt)
+    assert "".join(map(growing.append, ids)) == byte_fallback.decode_after(prompt, ids) == text
+    if text[-1] not in "ab":
+        cut = byte_fallback.decode_after(prompt, ids[:-1])
+        assert cut.endswith("\ufffd")
+        assert cut.rstrip("\ufffd") == text[:-1]
+
+
+def test_a_stream_goes_on_where_the_whole_reads_otherwise(byte_fallback: Tokenizer) -> None:
     params = SamplingParams(stop="bca", max_tokens=8)
     sequence = Continuation(0, 0, (0,), params, seed=0, max_len=9)
-    completion, shown = Completion(sequence, Tokenizer(tmp_path), is_streamed=True), ""
-    for token_id in (3, 4, 5, 6, 3, 0, 1, 2):
+    completion, shown = Completion(sequence, byte_fallback, is_streamed=True), ""
+    smile = byte_fallback.encode("🙂")
+    for token_id in (*smile, smile[0], *byte_fallback.encode("abc")):
         sequence.output_token_ids.append(token_id)
         completion.append(None)
         shown += completion.take_text()
