@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+GPUS   := $(shell command -v nvidia-smi)
 export MODEL PROMPT
 
 .PHONY: demo test lint format build clean
@@ -11,8 +12,12 @@ export MODEL PROMPT
 demo: $(VENV)/.run
 	@$(BIN)/python scripts/demo.py $${MODEL:+--model "$$MODEL"} $${PROMPT:+--prompt "$$PROMPT"}
 
+# Tests of GPUs run apart: the others are to see none.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto
+ifneq ($(GPUS),)
+	$(BIN)/python -m pytest tests/gpu tests/dist
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

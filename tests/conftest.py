@@ -6,14 +6,26 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 # What somebody tuned on this machine must not decide what the tests see.
 os.environ["NVRAR_TUNE_TABLE"] = "off"
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means. With GPUs one: kernels that wait for each other must not share theirs."""
-    import torch  # not before the tests have said how many threads it gets
+def is_for_gpus(config: pytest.Config) -> bool:
+    """Whether only tests of GPUs were asked for. They run apart: all others want CPUs, whatever there is."""
+    paths = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    of_gpus = (HERE / "gpu", HERE / "dist")
+    return bool(paths) and all(any(p.is_relative_to(f) for f in of_gpus) for p in paths)
 
-    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not is_for_gpus(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means. On GPUs one: kernels that wait for each other must not share theirs."""
+    return 1 if is_for_gpus(config) else min(os.cpu_count() or 1, 8)

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpus
 import pytest
-import torch
 
 from nvrar.table import Table
 
-GPUS = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(GPUS < 2, reason="needs two or more CUDA GPUs"),
+    pytest.mark.skipif(gpus.COUNT < 2, reason="needs two CUDA GPUs, as it measures"),
+    pytest.mark.skipif(bool(gpus.WHY_NO_RANKS), reason=gpus.WHY_NO_RANKS),
     pytest.mark.timeout(300),
 ]
 
@@ -38,7 +38,7 @@ def test_what_was_tuned_is_what_a_bench_runs(tmp_path: Path) -> None:
     nvrar(f"tune --sizes 4K,1M --budget 120 --output {tmp_path / 'tables'}")
     (path,) = (tmp_path / "tables").iterdir()
     table = Table.loads(path.read_text())
-    assert table.key.topology == f"1x{GPUS}"
+    assert table.key.topology == f"1x{gpus.COUNT}"
     assert not table.left_out
     for entry in table.entries:
         best = entry.best()

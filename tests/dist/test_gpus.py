@@ -14,7 +14,7 @@ CHECKS = ["bits", "layouts", "graphs", "norm", "storm", "streams", "groups"]
 CHECKS += ["foreign_nvshmem", "memory", "late", "mismatch"]
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(gpus.COUNT == 0, reason="needs a CUDA GPU, better two"),
+    pytest.mark.skipif(bool(gpus.WHY_NO_RANKS), reason=gpus.WHY_NO_RANKS),
     pytest.mark.timeout(300),
 ]
 

@@ -22,7 +22,7 @@ from yalis.testing import make_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(gpus.COUNT == 0, reason=gpus.NEED),
     pytest.mark.timeout(240),
 ]
 
@@ -66,6 +66,8 @@ def reference(model: str) -> Reference:
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks have a GPU each, or share the only one."""
+    if gpus.WHY_NO_RANKS:
+        pytest.skip(gpus.WHY_NO_RANKS)
     for name, value in gpus.variables().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("yalis.workers.require_gpus", lambda num_ranks: None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gpus
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(gpus.COUNT == 0, reason=gpus.NEED),
 ]
 
 

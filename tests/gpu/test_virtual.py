@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gpus
 from nvrar.errors import PeerTimeout
 from nvrar.gpu.layout import FORMATS, LL, LL128
 from nvrar.plan import PLAN_NAMES, Plan
@@ -14,7 +15,7 @@ from nvrar.topology import Topology
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(gpus.COUNT == 0, reason=gpus.NEED),
 ]
 
 TOPOLOGIES = [

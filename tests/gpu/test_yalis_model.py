@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gpus
 from plain_attention import attend
 from yalis.config import ModelConfig
 from yalis.models.decoder import CausalLM
@@ -21,7 +22,7 @@ from yalis.weights.loader import load_weights
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(gpus.COUNT == 0, reason=gpus.NEED),
 ]
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1280, "head_dim": 64, "vocab_size": 1000}

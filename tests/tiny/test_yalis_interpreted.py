@@ -6,7 +6,6 @@ in float32 the tokens are those of torch's operations.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +13,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-
-if torch.cuda.is_available():
-    pytest.skip("a GPU is here: tests/gpu runs the engine on it", allow_module_level=True)
-# Read where a kernel is defined, those of triton's own library among them.
-os.environ["TRITON_INTERPRET"] = "1"
 
 from yalis import LLM, SamplingParams, runner
 from yalis.attention import choice

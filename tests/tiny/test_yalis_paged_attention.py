@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 from torch import Tensor
-
-if torch.cuda.is_available():
-    pytest.skip("a GPU is here: tests/gpu runs the backend itself", allow_module_level=True)
-# Read where a kernel is defined, those of triton's own library among them.
-os.environ["TRITON_INTERPRET"] = "1"
 
 from yalis.attention import AttentionBackend, AttentionLayer, CacheShape
 from yalis.attention.paged import PagedAttention
