@@ -53,6 +53,15 @@ def test_decodes_come_first_then_chunks_then_the_next_in_line() -> None:
     assert max(len(batch.slots) for batch in executor.batches) == 3
 
 
+def test_those_that_cannot_draw_hold_up_nobody() -> None:
+    engine, executor, _ = make_engine(budget=16, depth=2, max_num_seqs=2)
+    # While the first one's last token is on its way, the second has more to draw.
+    engine.add(request([1, 2], 1, ignore_eos=True, seed=1))
+    engine.add(request([3, 4], 9, ignore_eos=True, seed=2))
+    engine.step()
+    assert [shape(batch) for batch in executor.batches] == [(0, (2, 2)), (1, ())]
+
+
 def test_a_step_is_submitted_before_the_one_before_it_is_collected() -> None:
     engine, executor, _ = make_engine(depth=2)
     engine.add(request([1, 2], 5, ignore_eos=True, seed=4))
@@ -216,7 +225,8 @@ def test_what_gave_no_numbers_is_not_shared() -> None:
 @pytest.mark.parametrize("error", [ConnectionError, ValueError])
 def test_after_a_failed_step_the_engine_is_empty_and_works(error: type[Exception]) -> None:
     engine, executor, pool = make_engine(depth=2)
-    engine.add(request(long(0), 20, ignore_eos=True, seed=1))
+    for first in range(2):
+        engine.add(request(long(first), 20, ignore_eos=True, seed=1))
     engine.step()
 
     def fail() -> StepResult:
@@ -229,6 +239,7 @@ def test_after_a_failed_step_the_engine_is_empty_and_works(error: type[Exception
         engine.step()
     del executor.result  # type: ignore[method-assign]
     assert not engine.has_work
+    assert pool.num_free == pool.num_blocks
     assert pool.find([tuple(long(0)[:4])]) == []  # it may never have been computed
     wanted = request(long(0), 5, ignore_eos=True, seed=1)
     engine.add(wanted)
@@ -244,4 +255,4 @@ def test_times_are_in_order() -> None:
     assert times is not None
     assert times.first_token_s is not None
     assert times.last_token_s is not None
-    assert times.arrival_s <= times.first_token_s <= times.last_token_s
+    assert times.arrival_s <= times.first_token_s < times.last_token_s
