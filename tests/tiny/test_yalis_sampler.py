@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from yalis import filters
 from yalis.filters import kept_scores, num_to_rank
 from yalis.sampler import Sampled, Sampler, draw_keys, request_seed
 from yalis.sampling_params import Draw, SamplingParams
@@ -111,7 +112,7 @@ def test_equal_logits_are_kept_or_dropped_together() -> None:
 MIXED: list[dict[str, Any]] = [
     {"temperature": 0}, {"temperature": 1.0}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.3},
     {"temperature": 0, "presence_penalty": 2.0}, {"temperature": 1.7, "repetition_penalty": 1.4},
-    {"top_k": 3, "top_p": 0.9, "frequency_penalty": -1.0}, {"temperature": 0.2, "top_k": 70},
+    {"temperature": 4.0, "top_k": 70}, {"top_k": 3, "top_p": 0.9, "frequency_penalty": -1.0},
 ]  # fmt: skip
 
 
@@ -252,9 +253,19 @@ def test_extreme_logits_and_temperatures_never_give_an_impossible_token() -> Non
     torch.testing.assert_close(flat, torch.full_like(flat, 1 / 50))
 
 
+def test_noise_of_nothing_makes_no_impossible_token_win() -> None:
+    zero_at_first = torch.tensor([[1, 0]])  # keys
+    scores = torch.tensor([[-torch.inf, 0.0, -1.0]])
+    token_ids, places = filters.draw(scores, zero_at_first)
+    assert token_ids != 0
+    assert -torch.inf < places < 0
+
+
 def test_streams_do_not_meet() -> None:
     seeds = (-(2**63), -1, 0, 1, 2**63 - 1)
     keys = [draw_keys(seed, idx) for seed in seeds for idx in range(2000)]
     assert len(set(keys)) == len(keys)
-    assert all(-(2**31) <= key < 2**31 for pair in keys for key in pair)
+    for numbers in zip(*keys, strict=True):
+        assert -(2**31) <= min(numbers) < -(2**30) < 2**30 < max(numbers) < 2**31
+    assert all(factor % 2 for factor, _ in keys)
     assert len({request_seed(seed, number) for seed in range(50) for number in range(50)}) == 2500
