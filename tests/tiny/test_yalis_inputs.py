@@ -83,6 +83,9 @@ def test_a_padded_batch_is_the_batch(seed: int) -> None:
     assert places(uploaded) == captured[shape]
     found = padding.assemble(uploaded)
     at, want = found.attention, wanted.attention
+    assert want.max_query_len == max((*batch.num_new, *(1,) * bool(batch.num_decodes)))
+    assert want.max_query_len <= at.max_query_len
+    assert want.max_seq_len == want.seq_lens.max() <= at.max_seq_len
     assert torch.equal(found.token_ids[:num_tokens], wanted.token_ids)
     assert torch.equal(found.positions[:num_tokens], wanted.positions)
     assert torch.equal(at.cache_indices[:num_tokens], want.cache_indices)
