@@ -140,6 +140,8 @@ def test_streamed_pieces_join_to_the_text_before_the_first_stop(tokenizer: Token
             assert not any(stop in "".join(pieces) for stop in stops)
             if sequence.is_finished:
                 break
+            held = completion._text[len("".join(pieces)) :]
+            assert not held or any(stop.startswith(held) for stop in stops)
         is_stopped = sequence.is_finished
         assert is_stopped == any(stop in text for stop in stops)
         if not is_stopped:
