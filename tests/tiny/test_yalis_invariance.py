@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvrar import Topology
 from yalis import ConfigError
 from yalis.attention import AttentionMetadata, one_token_each
 from yalis.config import ModelConfig
 from yalis.core import Batch, NewBlocks
 from yalis.options import EngineOptions
-from yalis.parallel.all_reduce import BatchInvariantAllReduce
+from yalis.parallel.all_reduce import BatchInvariantAllReduce, make_all_reduce
 from yalis.parallel.group import TensorParallel
 from yalis.runner import Runner
 from yalis.testing import make_checkpoint
@@ -86,6 +87,19 @@ def test_a_step_taken_apart_has_each_token_with_its_context() -> None:
     assert torch.cat([part.cache_indices for part in parts]).equal(step.cache_indices)
     assert {part.max_query_len for part in parts} == {1}
     assert all(part.seq_lens.dtype == torch.int32 for part in parts)
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_its_sums_are_asked_to_be_deterministic(
+    is_batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("nvrar.Communicator", lambda **options: made.append(options))
+    how: dict[str, Any] = {"group": None, "nodes": (2, 4), "plan": "auto"}
+    make_all_reduce("nvrar", **how, is_batch_invariant=is_batch_invariant)
+    topology = Topology(num_nodes=2, ranks_per_node=4)
+    wanted = {"group": None, "plan": "auto", "topology": topology}
+    assert made == [wanted | {"deterministic": is_batch_invariant}]
 
 
 def test_large_messages_are_summed_in_portions_and_never_by_torch() -> None:
