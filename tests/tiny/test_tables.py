@@ -176,6 +176,10 @@ def test_launches_that_are_tried_can_be_launched(plan: Plan, packets: object) ->
             assert shape.threads % 32 == 0
             assert shape.threads <= most_threads(plan)
             assert shape.blocks >= 1
+    launches = [(s.blocks, s.threads) for s in shapes_worth_trying(SPLIT, LL, 1 << 14)]
+    assert launches == [
+        (16, 64), (8, 64), (4, 64), (8, 128), (4, 128), (2, 128), (4, 256), (2, 256), (1, 256),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", ["1x2", "2x1", "2x4", "3x3", "1x8", "7x1"])
