@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nvrar.arguments import refusal_of_call
 from nvrar.rms_norm import add_rms_norm, refusal_of_norm
 
 
@@ -102,6 +103,17 @@ def test_what_cannot_work_is_said(change: dict, says: str) -> None:
     given = {"x": X, "residual": X.clone(), "weight": torch.ones(8), "eps": 1e-6}
     given |= {"out": None, "residual_out": None} | change
     assert re.search(says, refusal_of_norm(**given))
+
+
+def test_what_out_may_be() -> None:
+    pairs = torch.ones(2, 8, 2)
+    assert not refusal_of_call(
+        pairs[..., 0], pairs[..., 1], "sum"
+    )  # between each other, not shared
+    single = torch.ones(16).as_strided((1, 2, 4), (0, 8, 2))
+    assert not refusal_of_call(single, single, "sum")
+    expanded = torch.ones(8, 1).expand(8, 2)
+    assert "share memory, as those of an expanded" in refusal_of_call(expanded, expanded, "sum")
 
 
 def test_results_that_share_memory_are_refused() -> None:
