@@ -71,7 +71,7 @@ class Step:
         return ((d, p) for d, p in enumerate(self.members) if d != self.digit)
 
 
-def parts(span: Span, radix: int, granule: int = 1) -> tuple[Span, ...]:
+def parts(span: Span, radix: int, granule: int) -> tuple[Span, ...]:
     """``span`` cut into ``radix`` consecutive parts, all but the last non-empty one of equal length.
 
     Lengths are multiples of ``granule`` elements except at the end; parts at the end may be empty.
