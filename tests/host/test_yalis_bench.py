@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,20 @@ def test_percentiles_are_values_that_occurred() -> None:
     values = [float(v) for v in range(100, 0, -1)]
     assert [percentile(values, p) for p in (1, 50, 99, 100)] == [1, 50, 99, 100]
     assert percentile([7.0], 1) == 7.0
+
+
+def test_launched_ranks_all_end_before_they_measure_what_cannot_be_written(
+    model: str, tmp_path: Path
+) -> None:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "yalis"]
+    line = ["bench", "latency", model, "--output-len", "2", "--json", str(tmp_path / "no" / "rows")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *line],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "no is no directory that may be written to" in done.stderr
+    assert "ready in" not in done.stdout

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import nvrar
 from nvrar import record
@@ -115,6 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     about["options"] = asdict(options) | {"dtype": dtype, "max_model_len": llm.max_model_len}
     del about["options"]["all_reduce"]  # each row names its own
     with llm:
+        _check_path(args.json)
         rows = [row | about for row in args.measure(args, llm)]
     if not is_first_rank():
         return
@@ -138,11 +140,17 @@ def _check(args: argparse.Namespace) -> None:
                 f"--batch-size {largest} is above {option} {most}, so its requests would take turns and be "
                 f"no batch; give a smaller one, or {option} {largest}"
             )
-    # Under a launcher other ranks would wait for one that ends here.
-    is_alone = detect(os.environ) is None
-    refusal = record.refusal_of_path(args.json) if args.json and is_alone else ""
-    if refusal:
-        raise ConfigError(f"--json {refusal}")
+    if detect(os.environ) is None:  # else other ranks would wait for one that ends here
+        _check_path(args.json)
+
+
+def _check_path(path: Path | None) -> None:
+    """Raise ConfigError where the first rank cannot write there. Collective over a launcher's ranks."""
+    refusal = [record.refusal_of_path(path) if path and is_first_rank() else ""]
+    if detect(os.environ) is not None:
+        dist.broadcast_object_list(refusal)
+    if refusal[0]:
+        raise ConfigError(f"--json {refusal[0]}")
 
 
 def _latency(args: argparse.Namespace, llm: LLM) -> Iterator[Row]:
