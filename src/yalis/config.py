@@ -140,9 +140,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     names, model_type = raw.get("architectures"), raw.get("model_type")
-    for name in names or [_MODEL_TYPES.get(str(model_type))]:
-        if name in FAMILIES:
-            return str(name)
+    known = names or [_MODEL_TYPES.get(str(model_type))]
+    for name in known if isinstance(known, list) else []:
+        if isinstance(name, str) and name in FAMILIES:
+            return name
     raise ConfigError(
         f"{where}: architectures is {names!r} (model_type {model_type!r}); "
         f"supported: {', '.join(FAMILIES)}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,15 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number above 0."""
+        """A finite number above 0."""
         value = self.raw.get(name)
         if value is None:
             value = default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0 < value < math.inf
+        ):
             raise ConfigError(f"{self.where}: {name} is {value!r}; it must be a number above 0")
         return float(value)
 

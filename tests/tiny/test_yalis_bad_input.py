@@ -116,6 +116,8 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "tokenizer": (write("tokenizer.json", "{}"), r"tokenizer.json cannot be read"),
     "architecture": (edit("config.json", architectures=["MambaForCausalLM"]),
                      r"architectures is \['MambaForCausalLM'\].*supported: LlamaForCausalLM, Mistral"),
+    "architectures no list": (edit("config.json", architectures=5), r"architectures is 5"),
+    "architectures of lists": (edit("config.json", architectures=[["x"]]), r"architectures is \[\['x'\]\]"),
     "another architecture's fields": (
         edit("config.json", architectures=["GPT2LMHeadModel"], hidden_size="REMOVE"), "GPT2LMHeadModel"),
     "no architecture": (edit("config.json", architectures="REMOVE", model_type="gpt2"), "gpt2"),
@@ -139,6 +141,8 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "no window": (edit("config.json", architectures=["MistralForCausalLM"], sliding_window=0),
                   r"sliding_window is 0"),
     "theta": (edit("config.json", rope_theta=0), r"rope_theta is 0; it must be a number above 0"),
+    "no end": (edit("config.json", rope_scaling={"type": "linear", "factor": float("inf")}),
+               r"factor is inf; it must be"),
     "unreadable": (lambda m: ((m / FIRST).unlink(), (m / FIRST).mkdir()), rf"{FIRST} cannot be read"),
     "rope factor": (edit("config.json", rope_scaling={"type": "linear"}), r"factor is None"),
     "rope bounds": (edit("config.json", rope_scaling=LLAMA3), r"low_freq_factor 4.0 must be below"),
