@@ -35,6 +35,8 @@ def cost(word: str, shape: str, num_bytes: float = M, machine: Machine = HAND) -
         ("exchange:4 exchange:2", "2x4", (2 + 3 * 1.3) + 10 + 16),
         ("split:4 split:2", "2x4", 2 * (2 + 3 * 0.7) + 2 * (10 + 2)),
         ("split:4 exchange:2 exchange:2", "4x4", 2 * (2 + 3 * 0.7) + (10 + 4) + (10 + 4)),
+        # two levels on a node, both of near links alone
+        ("split:2 exchange:2 exchange:2", "2x4", 2 * (2 + 0.9) + (2 + 0.9) + (10 + 8)),
         # members on both networks: 1 near and 2 far, side by side, and the slower counts
         ("exchange:4", "2x2", 10 + 2 * 16),
         ("split:4", "2x2", 2 * (10 + 2 * 4)),
