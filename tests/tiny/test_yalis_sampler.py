@@ -210,6 +210,10 @@ def test_logprobs_are_of_the_model_whatever_the_filters() -> None:
         assert torch.equal(sampled.logprobs.top_ids[place], order[:5])
         torch.testing.assert_close(sampled.logprobs.top[place], want[order[:5]])
     assert sample(logits, [draw()] * 4).logprobs is None
+    greedy = sample(logits, [draw(temperature=0, logprobs=1)] * 4).logprobs
+    assert greedy is not None
+    assert greedy.rank.tolist() == [1] * 4
+    assert torch.equal(greedy.drawn, greedy.top[:, 0])
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
