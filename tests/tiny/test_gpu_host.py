@@ -15,8 +15,10 @@ from nvrar.gpu import kernel, links
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.calls import GpuCalls
 from nvrar.gpu.executor import GpuExecutor
+from nvrar.gpu.layout import Rows
 from nvrar.gpu.links import Device
 from nvrar.plan import Plan
+from nvrar.rms_norm import add_rms_norm
 from nvrar.topology import Topology
 from nvrar.tune import Chooser
 
@@ -89,6 +91,9 @@ def test_a_failure_counts_calls_as_the_host_does() -> None:
     calls._executor = SimpleNamespace(failure=failure, failed_call=lambda: ("sum", plan))
     report = calls.report()
     assert (report.epoch, report.waits_on, report.timed_out) == (1, 1, True)
+    failure.kind = kernel.OTHER_CALL
+    report = calls.report()
+    assert (report.reason, report.timed_out) == ("it made another call", False)
 
 
 class Executor:
@@ -99,6 +104,7 @@ class Executor:
         self.most_bytes = max(algorithms("nvlink").values())
         self.prepared: list[tuple[int, torch.dtype]] = []
         self.loaded: list[str] = []
+        self.rows: list[tuple[object, ...]] = []
         self.launched: list[int] = []
 
     def prepare(self, num_bytes: int, dtype: torch.dtype, op: str, algorithm) -> int:
@@ -114,6 +120,18 @@ class Executor:
         assert x.nbytes == num_bytes
         self.launched.append(num_bytes)
         out.copy_(x.detach())
+
+    def prepare_rows(self, *how: object) -> tuple[object, ...]:
+        self.rows.append(how)
+        return how
+
+    def launch_rows(self, how: tuple, *tensors: torch.Tensor) -> None:
+        assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+        x, residual, weight, *results = tensors
+        rows, dtype, eps, _ = how
+        assert (rows, dtype) == (Rows(len(x), x.shape[1] * x.itemsize), x.dtype)
+        for target, result in zip(results, add_rms_norm(x, residual, weight, eps), strict=True):
+            target.copy_(result)
 
 
 @pytest.fixture
@@ -171,6 +189,44 @@ def test_a_norm_is_prepared_in_its_own_type(make_calls) -> None:
         x = torch.ones(1, 32, dtype=torch.bfloat16)
         calls._executor.has_room_for = lambda rows, algorithm: True
         assert calls.sums_rows(x) == bool(summed)
+        calls._executor.has_room_for = lambda rows, algorithm: False
+        assert not calls.sums_rows(x)
+
+
+def test_a_norm_is_kept_by_all_that_its_kernel_knows(make_calls) -> None:
+    calls, weights = make_calls(), {8: torch.ones(8), 16: torch.ones(16)}
+    kinds = [(4, 8, 0.0, True), (2, 16, 0.0, True), (4, 8, 1.0, True), (4, 8, 0.0, False)]
+    for rows, hidden, eps, sums in kinds * 2:
+        x = torch.ones(rows, hidden)
+        calls.add_rms_norm(x, x, weights[hidden], eps, x.clone(), x.clone(), sums)
+    plans = [str(algorithm.plan) for *_, algorithm in calls._executor.rows]
+    assert plans == ["exchange:2"] * 3 + ["identity"]
+
+
+def test_a_norm_takes_any_layout(make_calls) -> None:
+    def strided(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(2, dim=-1)[..., ::2]
+
+    def shifted(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat((torch.zeros(1), values.flatten()))[1:].view(values.shape)
+
+    x, residual, weight = torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
+    wanted = add_rms_norm(x, residual, weight, 1e-6)
+    for lay in (strided, shifted):
+        given = lay(x), lay(residual), lay(weight)
+        for results in ((lay(x), lay(x)), given[:2]):  # the second time in place
+            make_calls().add_rms_norm(*given, 1e-6, *results, sums=True)
+            assert all(map(torch.equal, results, wanted))
+
+
+def test_which_rows_a_kernel_takes(make_calls) -> None:
+    def takes(*shape: int) -> bool:
+        return make_calls().takes_rows(torch.empty(*shape, dtype=torch.bfloat16))
+
+    assert takes(2, 8)
+    assert not takes(2, 9)
+    assert takes(1, 1 << 15)
+    assert not takes(1, (1 << 15) + 8)
 
 
 def test_strided_parameters_are_reduced_in_place(make_calls) -> None:
