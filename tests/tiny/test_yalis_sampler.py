@@ -170,8 +170,8 @@ def test_greedy_text_under_penalties_is_that_of_the_definition(
     outputs: dict[int, list[int]] = {0: [], 2: [4, 4, 7]}  # one slot begins, one was preempted
     for slot, output in outputs.items():
         sampler.start(slot, [1, 2, 2, slot], output)
-    for _ in range(30):
-        logits = torch.randn(2, 12, generator=generator)
+    for number in range(30):
+        logits = torch.randn(2, 12, generator=generator) - 3 * (number % 2)  # above 0, then few
         draws = [Draw(params, 0, len(outputs[slot]), slot) for slot in (2, 0)]
         token_ids = sampler.sample(logits, draws).token_ids.tolist()
         for row, slot in enumerate((2, 0)):
