@@ -74,6 +74,17 @@ def test_one_that_fails_is_named_on_the_others_before_the_slowest_has_come() -> 
     assert begin_s + 0.5 <= heard_s[0] < begin_s + 5
 
 
+def test_without_its_store_a_rank_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(store: dist.Store, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Connection reset by peer\nand where")
+
+    monkeypatch.setattr(dist.HashStore, "check", lost)
+    for error in meet([nothing, nothing]):
+        assert isinstance(error, WorkerError)
+        assert "lost the store that the ranks meet in while loading weights" in str(error)
+        assert str(error).endswith("usually 0 (Connection reset by peer)")
+
+
 def test_one_that_hangs_is_named_in_the_end() -> None:
     [waiting, _] = meet([nothing, lambda: time.sleep(0.4)], patience_s=0.2)
     with pytest.raises(WorkerError, match=r"rank 0 waited 0.2 s for ranks \[1\] to end loading"):
