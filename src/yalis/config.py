@@ -95,12 +95,11 @@ class ModelConfig:
                 f"{where}: head_dim is {head_dim}; rotary embedding needs an even one"
             )
         rope = read_rope(raw, where, positions, head_dim)
-        # config.json may give the context from before the stretching.
+        # config.json may give the context from before the stretching. For linear it does not say which it is:
+        # as in vLLM, rather too far than not far enough.
         if rope.kind == "yarn":
             positions = max(positions, int(rope.original_max_position_embeddings * rope.factor))
-        elif (
-            rope.kind == "linear"
-        ):  # and does not say which; as vLLM, rather too far than not far enough
+        elif rope.kind == "linear":
             positions = int(positions * rope.factor)
         return cls(
             architecture=architecture,
