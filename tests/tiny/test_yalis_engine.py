@@ -142,7 +142,9 @@ def test_the_chain_of_an_evicted_block_matches_nothing() -> None:
     [a] = pool.allocate(1)
     first = pool.publish(a, ROOT, (1, 2))
     [b] = pool.allocate(1)
-    pool.publish(b, first, (3, 4))
+    second = pool.publish(b, first, (3, 4))
+    assert pool.share([a, b]) == second
+    pool.release([a, b])
     pool.release([a, b])
     assert pool.find([(1, 2), (3, 4), (5, 6)]) == [a, b]
     pool.allocate(3)  # two blank ones, and b, the end of the chain
