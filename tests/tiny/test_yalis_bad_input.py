@@ -283,6 +283,14 @@ def test_a_bad_sampling_value_is_named(values: dict[str, Any]) -> None:
         SamplingParams(**values)
 
 
+def test_sampling_values_at_their_bounds_are_good() -> None:
+    SamplingParams(
+        seed=-(2**63), stop_token_ids=[0], max_tokens=1, min_tokens=1, logprobs=20, top_k=-1
+    )
+    SamplingParams(seed=2**63 - 1, top_p=1, min_p=1, presence_penalty=2, frequency_penalty=-2)
+    SamplingParams(presence_penalty=-2, frequency_penalty=2, logprobs=0, top_k=0, min_p=0)
+
+
 def test_several_greedy_continuations_would_be_one() -> None:
     with pytest.raises(RequestError, match=r"n is 2 at temperature 0, .*; give n=1"):
         SamplingParams(n=2, temperature=0)
