@@ -52,7 +52,8 @@ class PretendedExecutor:
     def launch(self, prepared: Any, x: Tensor, out: Tensor) -> None:
         everyone = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, x)
-        if prepared.name == self.hangs:
+        launch = f"{prepared.name} {prepared.shape.blocks}x{prepared.shape.threads}"
+        if self.hangs in (prepared.name, launch):
             self.failure.kind = 1
         is_slow = (
             prepared.shape != FASTEST,
@@ -103,6 +104,17 @@ def test_a_wait_that_ran_out_takes_nobody_along() -> None:
         "at 64 KiB: a wait at level 0 did not end within 5 s"
     )
     assert {(str(t.plan), t.packets) for t in found.entries[1].trials} == {("split:2", "LL128")}
+
+
+def test_a_launch_that_does_not_end_is_left_out_alone() -> None:
+    (text, made), _ = ranks.run(
+        _tune, 2, f"exchange:2 LL128 {FASTEST.blocks}x{FASTEST.threads}", "nvlink"
+    )
+    found = Table.loads(text)
+    assert made == 4
+    assert found.left_out.keys() == {"split:2 LL", "exchange:2 LL128 9x256"}
+    best = found.entries[0].trials[0]
+    assert (str(best.plan), best.packets) == ("exchange:2", "LL128")
 
 
 def _tune_on_two_kinds(rank: int) -> tuple[str, int]:
