@@ -108,6 +108,6 @@ def _yarn_bounds(fields: Fields, theta: float, original: int, head_dim: int) -> 
 
     first = pair_that_turns(fields.number("beta_fast", 32))
     last = pair_that_turns(fields.number("beta_slow", 1))
-    if fields.flag("truncate", True):
+    if fields.flag("truncate", "truncate" not in fields.raw):  # a null is no, here
         first, last = math.floor(first), math.ceil(last)
     return max(first, 0), min(last, head_dim - 1)

@@ -74,6 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "yarn-of-a-small-theta": {
         "rope_parameters": YARN | {"rope_theta": 10.0, "original_max_position_embeddings": 40960}
     },
+    "yarn-truncate-null": {"rope_parameters": YARN | {"truncate": None}, "head_dim": 32},
     "yarn-factor": {"rope_parameters": YARN | {"attention_factor": 1.3}, "head_dim": 32},
     "qwen2": QWEN2,
     "qwen2-tied": QWEN2 | {"tie_word_embeddings": True, "hidden_size": 60},
