@@ -178,6 +178,8 @@ def test_a_decode_step_says_little() -> None:
     batch = executor.batches[2]
     assert batch.num_decodes > 200
     assert len(pickle.dumps(batch)) < 2000
+    # Nor does an admission say tokens that no penalty counts.
+    assert not any(admission.token_ids for admission in executor.batches[0].admissions)
 
 
 def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
@@ -226,8 +228,8 @@ def test_what_gave_no_numbers_is_not_shared() -> None:
 
 @pytest.mark.parametrize("error", [ConnectionError, ValueError])
 def test_after_a_failed_step_the_engine_is_empty_and_works(error: type[Exception]) -> None:
-    engine, executor, pool = make_engine(depth=2)
-    for first in range(2):
+    engine, executor, pool = make_engine(depth=2, max_num_seqs=2)
+    for first in range(3):  # the last of them waits
         engine.add(request(long(first), 20, ignore_eos=True, seed=1))
     engine.step()
 
