@@ -85,6 +85,8 @@ def test_a_padded_batch_is_the_batch(seed: int) -> None:
     at, want = found.attention, wanted.attention
     assert want.max_query_len == max((*batch.num_new, *(1,) * bool(batch.num_decodes)))
     assert want.max_query_len <= at.max_query_len
+    assert want.num_decodes == batch.num_decodes
+    assert at.num_decodes == (0 if shape.are_chunks else shape.num_seqs)
     assert want.max_seq_len == want.seq_lens.max() <= at.max_seq_len
     assert torch.equal(found.token_ids[:num_tokens], wanted.token_ids)
     assert torch.equal(found.positions[:num_tokens], wanted.positions)
