@@ -54,8 +54,7 @@ class ModelConfig:
                 remedy = f"nothing is downloaded: run `hf download {folder} --local-dir DIR`, then give DIR"
             raise CheckpointError(f"{folder} is not a folder; {remedy}")
         raw = read_json(path)
-        generation = Path(folder) / "generation_config.json"
-        eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+        eos = read_generation_config(folder).get("eos_token_id")
         return cls.from_dict(raw, where=str(path), eos=eos)
 
     @classmethod
@@ -135,6 +134,12 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(value).__name__}, not a JSON object; fetch it again"
         )
     return value
+
+
+def read_generation_config(folder: str | Path) -> dict[str, Any]:
+    """How a checkpoint's makers want it sampled; empty where they do not say."""
+    path = Path(folder) / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _architecture(raw: Mapping[str, Any], where: str) -> str:

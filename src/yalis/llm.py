@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from yalis.blocks import BlockPool
-from yalis.config import ModelConfig
+from yalis.config import ModelConfig, read_generation_config
 from yalis.core import Request
 from yalis.device import device_type
 from yalis.engine import Engine
@@ -111,6 +111,7 @@ class LLM:
             seed=seed,
         )
         self.config = ModelConfig.from_folder(options.model)
+        self._generation_config = read_generation_config(options.model)
         options.check_against(self.config)
         check_checkpoint(options, self.config)
         has_tokenizer = Tokenizer.exists(options.model)
@@ -152,8 +153,9 @@ class LLM:
         """Continue each prompt; the outputs are in the prompts' order.
 
         A prompt is a text or a list of token ids, by itself or as vLLM's `{"prompt": text}` and
-        `{"prompt_token_ids": ids}`; `sampling_params` is one for all or one for each. Every prompt is
-        checked before any is begun: RequestError names the one that cannot be served.
+        `{"prompt_token_ids": ids}`; `sampling_params` is one for all or one for each, and left out the
+        checkpoint's own (`get_default_sampling_params`). Every prompt is checked before any is begun:
+        RequestError names the one that cannot be served.
         `on_progress` counts drawn tokens, of the most that max_tokens allows; without it `use_tqdm` shows a
         bar on a terminal when it takes long. Collective under a launcher: every rank passes the same
         arguments.
@@ -208,12 +210,18 @@ class LLM:
             raise YalisError("this LLM is closed; make a new one")
         return check_requests(
             prompts,
-            sampling_params,
+            self.get_default_sampling_params() if sampling_params is None else sampling_params,
             tokenizer=self.tokenizer,
             folder=self.options.model,
             vocab_size=self.config.vocab_size,
             max_model_len=self.max_model_len,
         )
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where no sampling_params are given: what the checkpoint's generation_config.json says,
+        and SamplingParams' own defaults for the rest. ConfigError where a value of it is out of bounds.
+        """
+        return SamplingParams.from_generation_config(self._generation_config)
 
     def _begin(self, requests: list[Request], *, is_streamed: bool) -> list[int]:
         self._executor.agree(requests)

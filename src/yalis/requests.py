@@ -18,7 +18,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 def check_requests(
     prompts: Prompt | Sequence[Prompt],
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    sampling_params: SamplingParams | Sequence[SamplingParams],
     *,
     tokenizer: Tokenizer | None,
     folder: str,
@@ -111,10 +111,10 @@ def _is_int(value: object) -> bool:
 
 
 def _per_prompt(
-    given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    given: SamplingParams | Sequence[SamplingParams], num_prompts: int
 ) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams()] * num_prompts
+    if isinstance(given, SamplingParams):
+        return [given] * num_prompts
     is_list = isinstance(given, (list, tuple))
     if not is_list or not all(isinstance(params, SamplingParams) for params in given):
         raise RequestError(f"sampling_params is {given!r}; give SamplingParams, or a list of them")

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from yalis.errors import RequestError
+from yalis.errors import ConfigError, RequestError
 
 # vLLM's default bounds: of alternatives reported beside each token, and of continuations.
 MAX_LOGPROBS = 20
 MAX_N = 16384
 
 _SEED_BOUND = 2**63
+_GENERATION_FIELDS = {"max_new_tokens": "max_tokens"} | {
+    name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    @classmethod
+    def from_generation_config(cls, raw: Mapping[str, Any]) -> SamplingParams:
+        """What the content of a generation_config.json asks for, as vLLM reads it; defaults for the rest.
+
+        Raises ConfigError for a value out of bounds.
+        """
+        names = _GENERATION_FIELDS.items()
+        asked = {ours: raw[theirs] for theirs, ours in names if raw.get(theirs) is not None}
+        try:
+            return cls(**asked)
+        except RequestError as error:
+            raise ConfigError(
+                f"generation_config.json: {error}; mend it, or give sampling_params"
+            ) from None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()

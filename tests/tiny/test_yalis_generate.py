@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from yalis import LLM, RequestError, SamplingParams, YalisError
+from yalis import LLM, ConfigError, RequestError, SamplingParams, YalisError
 from yalis.testing import make_checkpoint
 
 PROMPTS = ["Once upon a time", "x", "Grüße 🙂", "The network is " * 20, "01"]
@@ -140,6 +143,30 @@ def test_a_bad_prompt_is_refused_before_any_is_begun(
 def test_what_is_no_prompt_at_all(llm: LLM, prompts: object) -> None:
     with pytest.raises(RequestError, match="give a text, a list of token ids, or a list of these"):
         llm.generate(prompts)  # type: ignore[arg-type]
+
+
+def test_left_out_params_are_the_checkpoints_own(model: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "m")
+    file = folder / "generation_config.json"
+    theirs = {
+        "max_new_tokens": 9,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": None,
+        "do_sample": True,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | theirs))
+    with LLM(str(folder)) as llm:
+        params = SamplingParams(max_tokens=9, temperature=0.6, top_p=0.9)
+        assert llm.get_default_sampling_params() == params
+        seeded = replace(llm.get_default_sampling_params(), seed=3)
+        assert llm.generate("x", seeded)[0] == llm.generate("x", replace(params, seed=3))[0]
+        assert len(llm.generate("x")[0].token_ids) == 9
+    file.write_text(json.dumps({"temperature": -1}))
+    with LLM(str(folder)) as llm:
+        llm.generate("x", GREEDY)
+        with pytest.raises(ConfigError, match=r"generation_config.json: temperature is -1"):
+            llm.generate("x")
 
 
 def test_wrong_number_of_params(llm: LLM) -> None:
