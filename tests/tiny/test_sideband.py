@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -59,6 +60,7 @@ def verdict(
         (waits(2), {2: [waits(0, timed_out=False)]}, (2,)),
         (waits(1), {1: [waits(2)], 2: [waits(1, timed_out=False)]}, (2,)),
         (waits(1, timed_out=False), {1: [waits(0)]}, (0,)),
+        (waits(1), {1: [waits(0)]}, (0,)),  # both gave up: somebody is named
         # A refusal that all made long ago explains nothing.
         (waits(1), {1: [Report(3, "", refused="op is 'mean'")]}, (1,)),
         # In torch's all-reduce nobody knows whom it waits for; the silent one is to blame, even if
@@ -79,6 +81,31 @@ def test_the_one_to_blame(
     assert isinstance(error, PeerTimeout), error
     assert error.peers == culprits
     assert (error.rank, error.epoch) == (0, mine.epoch)
+
+
+def test_others_are_heard_though_the_call_took_all_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sideband, "_store_host", lambda _: None)
+    store = HashStore()
+    own, late = (Sideband(Group(store, rank), "name", 4.0) for rank in (0, 1))  # type: ignore[arg-type]
+    telling = threading.Timer(0.2, late.publish, [waits(2)])
+    telling.start()
+    error = own.explain(waits(1), time.monotonic() - 1)
+    telling.join()
+    assert isinstance(error, PeerTimeout), error
+    assert error.peers == (2,)
+
+
+@pytest.mark.parametrize(("ranks", "host"), [([0, 2], 0), ([1, 0], 1), ([1, 2], None)])
+def test_whose_end_takes_the_store_with_it(
+    ranks: list[int], host: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sideband.dist, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert sideband._store_host(None) == host
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert sideband._store_host(None) is None
 
 
 @pytest.mark.parametrize(
