@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +44,11 @@ class Runner:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._options, self._config, self._tp, self._device = options, config, tp, device
         self._trace = trace_on(device.type)
+        # Rotations are kept for as many positions as a request may have, and no more.
+        shape = replace(config, max_position_embeddings=options.resolved_max_model_len(config))
         # A collective waits less long than a slow rank may read.
         with tp.together("loading weights"):
-            self.model = CausalLM(config, Placement(tp, dtype, device, options.batch_invariant))
+            self.model = CausalLM(shape, Placement(tp, dtype, device, options.batch_invariant))
             load_weights(self.model, open_weights(options), on_progress)
             tp.all_reduce.warm_up(dtype)
         self._cache_shape = CacheShape(
