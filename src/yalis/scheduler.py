@@ -102,8 +102,8 @@ class Scheduler:
         for sequence in list(self._running):
             if not step.budget:
                 break
-            if sequence not in self._running or not (sequence.has_drawn and sequence.can_draw):
-                continue
+            if not (sequence.has_drawn and sequence.can_draw):
+                continue  # one that was sent away meanwhile has not drawn either
             if sequence.num_computed == len(sequence.blocks) * self._pool.block_size:
                 while not self._pool.num_free and sequence in self._running:
                     self._preempt_last()
