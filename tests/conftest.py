@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 # What somebody tuned on this machine must not decide what the tests see.
 os.environ["NVRAR_TUNE_TABLE"] = "off"
