@@ -15,8 +15,12 @@ tests() { step "$1" "$2" 'passed|failed|^FAILED|^ERROR' python3 -m pytest -q --t
 wanted() { case " ${PARTS:-checks bench alone} " in *" $1 "*) true ;; *) false ;; esac; }
 
 if [ "$gpus" -gt 0 ] && wanted checks; then
-    several="${ranks}x1"
-    [ $((ranks % 2)) = 1 ] || [ "$ranks" = 2 ] || several="2x$((ranks / 2)) $((ranks / 2))x2 ${ranks}x1"
+    case $ranks in
+        2 | *[13579]) several="" ;;
+        4) several=2x2 ;;
+        *) several="2x$((ranks / 2)) $((ranks / 2))x2" ;;
+    esac
+    several="$several ${ranks}x1"
     for transport in direct put; do
         export NVRAR_TRANSPORT=$transport
         checks 100 "1x$ranks" bits layouts graphs norm storm

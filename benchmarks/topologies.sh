@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 . benchmarks/steps.sh
 
 device=${DEVICE:-cuda}
+[ "$device" = cuda ] || shared= # CPUs are no GPU that is shared
 sizes=${SIZES:-1K,2K,4K,8K,16K,32K,64K,128K,256K,512K,1M,2M,4M,8M}
 plans=nvrar,one-shot,two-shot,direct,halving-doubling,auto
 small=examples/configs/llama-3.1-70b

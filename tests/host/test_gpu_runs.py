@@ -1,8 +1,10 @@
-"""Which tests see the GPUs of a machine."""
+"""Which tests see the GPUs of a machine, and what the scripts of benchmarks/ run on so many."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,11 @@ import pytest
 pytestmark = pytest.mark.host
 
 TESTS = Path(__file__).parent.parent
+# Stands for python3: says how many GPUs there are, and writes down what it is asked to run.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in *device_count*) echo "$GPUS" && exit ;; esac
+echo "${SHARED_GPU_RANKS:-none} share; ${NVRAR_TRANSPORT:-direct}; $*" >>"$CALLS"
+"""
 
 
 @pytest.mark.parametrize(
@@ -40,3 +47,53 @@ def test_gpus_are_for_runs_of_their_tests_alone(
         assert conftest.is_for_gpus(config) == wanted
     monkeypatch.chdir(TESTS.parent)
     assert conftest.is_for_gpus(SimpleNamespace(args=arguments)) == wanted
+
+
+def run(script: str, folder: Path, num_gpus: int, **variables: str) -> list[str]:
+    (python := folder / "python3").write_text(PYTHON)
+    python.chmod(0o755)
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "GPUS": str(num_gpus),
+        "CALLS": str(folder / "calls"),
+        "OUT": str(folder),
+    }
+    done = subprocess.run(
+        ["bash", str(TESTS.parent / "benchmarks" / script)],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "ranks", "topologies"),
+    [
+        (1, "", "1x2 2x1"),
+        (2, "", "1x2 2x1"),
+        (2, "3", "1x3 3x1"),
+        (4, "", "1x4 2x2 4x1"),
+        (1, "8", "1x8 2x4 4x2 8x1"),
+    ],
+)
+def test_every_topology_is_checked_once(
+    num_gpus: int, ranks: str, topologies: str, tmp_path: Path
+) -> None:
+    variables = {"PARTS": "checks"} | ({"RANKS": ranks} if ranks else {})
+    calls = run("gpu_check.sh", tmp_path, num_gpus, **variables)
+    assert len(set(calls)) == len(calls)
+    sharing = "none" if num_gpus > 1 and not ranks else ranks or "2"
+    assert all(call.startswith(f"{sharing} share;") for call in calls)
+    for transport in ("direct", "put"):
+        late = [call for call in calls if f"; {transport};" in call and "late mismatch" in call]
+        assert [call.split()[-3] for call in late] == topologies.split()
+
+
+def test_ranks_on_cpus_share_no_gpu(tmp_path: Path) -> None:
+    calls = run("topologies.sh", tmp_path, 1, DEVICE="cpu", RANKS="2", PARTS="direct")
+    assert len(calls) == 2
+    assert all(call.startswith("none share;") and "--eager" not in call for call in calls)
