@@ -40,7 +40,8 @@ def test_gpus_are_for_runs_of_their_tests_alone(
     spec = importlib.util.spec_from_file_location(
         "conftest_by_link", link / "tests" / "conftest.py"
     )
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     spec.loader.exec_module(conftest := importlib.util.module_from_spec(spec))
     for root in (link, TESTS.parent):
         config = SimpleNamespace(args=[f"{root}/{argument}" for argument in arguments])
@@ -97,3 +98,18 @@ def test_ranks_on_cpus_share_no_gpu(tmp_path: Path) -> None:
     calls = run("topologies.sh", tmp_path, 1, DEVICE="cpu", RANKS="2", PARTS="direct")
     assert len(calls) == 2
     assert all(call.startswith("none share;") and "--eager" not in call for call in calls)
+
+
+def test_ranks_that_share_a_gpu_see_one_each_wherever_they_live(tmp_path: Path) -> None:
+    (folder := tmp_path / "torch").mkdir()
+    (script := folder / "count.py").write_text("import torch\nprint(torch.cuda.device_count())\n")
+    path = os.pathsep.join((str(TESTS / "shared_gpu"), str(TESTS.parent / "src")))
+    said = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": path, "SHARED_GPU_RANKS": "4"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert said.stdout == "4\n"
