@@ -70,7 +70,8 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(gpus.WHY_NO_RANKS)
     for name, value in gpus.variables().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("yalis.workers.require_gpus", lambda num_ranks: None)
+    if gpus.ARE_SHARED:
+        monkeypatch.setattr("yalis.workers.require_gpus", lambda num_ranks: None)
 
 
 def serve(model: str, params: Any = GREEDY, **options: Any) -> list[RequestOutput]:
@@ -145,8 +146,11 @@ def test_chunks_preemption_and_padding_change_nothing_but_roundings(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2], ids=["one rank", "two ranks"])
-@pytest.mark.usefixtures("shared")
-def test_batch_invariant_requests_have_the_bits_they_have_alone(num_ranks: int, model: str) -> None:
+def test_batch_invariant_requests_have_the_bits_they_have_alone(
+    num_ranks: int, model: str, request: pytest.FixtureRequest
+) -> None:
+    if num_ranks > 1:
+        request.getfixturevalue("shared")
     options = {"batch_invariant": True, "tensor_parallel_size": num_ranks}
     params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True, logprobs=0)
     few_blocks = (4 * 6 + 1) * 2 * 4 * 2 * 64 * 16 * 2 // num_ranks  # for four requests of eight
