@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
-GPUS   := $(shell command -v nvidia-smi)
+GPUS   := $(shell command -v nvidia-smi 2>/dev/null)
 export MODEL PROMPT
 
 .PHONY: demo test lint format build clean
