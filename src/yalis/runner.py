@@ -278,6 +278,9 @@ def open_weights(options: EngineOptions) -> WeightSource:
 
 
 def check_checkpoint(options: EngineOptions, config: ModelConfig) -> None:
-    """Raise CheckpointError unless every tensor is there in its shape. Reads headers only; one process."""
+    """Raise CheckpointError unless every tensor is there in its shape, and what is tied is equal. Local.
+
+    Reads headers only, but both matrices where a tied head is saved beside its embedding.
+    """
     at = Placement(TensorParallel.single(), torch.float32, torch.device("meta"))
     check_weights(CausalLM(config, at), open_weights(options))

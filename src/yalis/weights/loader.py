@@ -27,9 +27,8 @@ class WeightPart:
     shape: tuple[int, ...]  # of the whole tensor in the checkpoint
     region: tuple[slice, ...]  # one slice per dimension, explicit bounds
     target: Tensor
-    twin: str | None = (
-        None  # another name, under which some checkpoints have the same tensor, or a copy
-    )
+    # Another name, under which some checkpoints have the same tensor, or a copy.
+    twin: str | None = None
 
 
 @runtime_checkable
