@@ -12,6 +12,12 @@ def refusal_of_call(x: Tensor, out: Tensor | None, op: str) -> str:
     """Why an all-reduce cannot work with what it was given; empty if it can."""
     if not isinstance(x, torch.Tensor):
         return f"x is {type(x).__name__}, not a torch.Tensor"
+    if is_spread(x):
+        return (
+            f"x is a {type(x).__name__}, which lies on several ranks; give this one's: x.to_local()"
+        )
+    if x.is_nested:
+        return "x is a nested tensor; all_reduce takes dense tensors: give x.values()"
     if x.layout != torch.strided:
         return f"x has layout {x.layout}; all_reduce takes dense tensors: call x.to_dense() first"
     if op not in OPS:
@@ -28,6 +34,11 @@ def refusal_of_out(x: Tensor, out: Tensor, x_name: str = "x", out_name: str = "o
     if not isinstance(out, torch.Tensor):
         return f"{out_name} is {type(out).__name__}, not a torch.Tensor"
     if out is not x:
+        if is_spread(out):
+            return (
+                f"{out_name} is a {type(out).__name__}, which lies on several ranks; give this one's: "
+                f"{out_name}.to_local()"
+            )
         for what in ("shape", "dtype", "device", "layout"):
             if getattr(out, what) != getattr(x, what):
                 return (
@@ -49,6 +60,11 @@ def refusal_of_out(x: Tensor, out: Tensor, x_name: str = "x", out_name: str = "o
             f"{out_name}.clone()"
         )
     return ""
+
+
+def is_spread(x: Tensor) -> bool:
+    """Whether it is a DTensor, or the like. Not asked of its class, whose import takes long."""
+    return type(x) is not torch.Tensor and hasattr(x, "to_local")
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

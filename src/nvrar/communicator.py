@@ -61,7 +61,8 @@ class Communicator:
     with messages of megabytes may find no room, as each takes up to three eighths of a GPU's while it waits
     for peers. The first communicator with a GPU is collective over the default process group, because NVSHMEM
     is. Keep it, and do not close it, while a CUDA graph that captured its calls is replayed; then close it,
-    as nothing else gives its symmetric memory back.
+    as nothing else gives its symmetric memory back. A copy of a communicator is itself; it can neither be
+    pickled nor used in a forked process.
 
     Args:
         group: a torch process group that holds this rank; None is the default group.
@@ -167,7 +168,8 @@ class Communicator:
             op: ``"sum"``, ``"avg"`` (floating types), ``"max"`` or ``"min"``.
 
         Returns:
-            ``out``, or the new tensor. No gradient flows through it.
+            ``out``, or the new tensor. No gradient flows through it; with ``out=x`` that of x stays as it
+            was. Where one should, call it in a ``torch.autograd.Function``.
 
         float32, float64, float16, bfloat16, int32 and int64 run the plan; other types, and more than
         ``max_bytes``, go to ``torch.distributed.all_reduce``. 16-bit types are added in fp32, in digit
@@ -343,6 +345,27 @@ class Communicator:
         if self._gpu_unavailable and self.executor == "auto":
             return f"{text} (no GPU executor: {self._gpu_unavailable})"
         return text
+
+    def __copy__(self) -> Communicator:
+        """Itself: a copy would count calls for itself, and disagree with the other ranks."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        """Itself, so that modules that hold one can be copied; they share it."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"communicator {self.name} belongs to its process and cannot be pickled; leave it out of "
+            "what is saved or sent, and make one in every process"
+        )
+
+    def end_in_child(self) -> None:
+        """Makes it useless in a process that was forked from its own (see :mod:`nvrar.registry`)."""
+        self._ended = ClosedError(
+            f"communicator {self.name} was made before this process was forked; make a process group and "
+            "a communicator here, or start the process by spawn"
+        )
 
     def let_go_of_group(self) -> None:
         """Forgets a group that was destroyed; for the end of the process (see :mod:`nvrar.registry`)."""

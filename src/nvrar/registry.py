@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import weakref
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,15 @@ def find(name: str) -> Communicator:
             "compiled; keep it alive as long as the compiled function"
         )
     return found
+
+
+def end_in_child() -> None:
+    """A call would wait for ever: the threads of gloo, whom its timeouts need, are not in a forked child."""
+    for communicator in by_name.values():
+        communicator.end_in_child()
+
+
+os.register_at_fork(after_in_child=end_in_child)
 
 
 @atexit.register

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import nvrar
 from nvrar import (
@@ -332,12 +335,19 @@ def test_stats_count_what_was_done() -> None:
 
 
 def wrong_arguments(rank: int) -> None:
+    from torch.distributed.tensor import DTensor  # takes long
+
     comm = Communicator(timeout_s=2.0)
     x = torch.ones(6)
+    spread = DTensor.from_local(x, init_device_mesh("cpu", (2,)))
     big = torch.ones(20)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"x": [1.0]}, "x is list, not a torch.Tensor"),
         ({"x": x.to_sparse()}, "x has layout torch.sparse_coo; .* call x.to_dense"),
+        ({"x": spread}, r"x is a DTensor, which lies on several ranks; .* x.to_local\(\)"),
+        ({"x": x, "out": spread}, r"out is a DTensor, .* out.to_local\(\)"),
+        ({"x": torch.nested.nested_tensor([x, x])}, r"x is a nested tensor; .* x.values\(\)"),
+        ({"x": torch.nested.nested_tensor([x, x], layout=torch.jagged)}, "x is a nested tensor"),
         ({"x": x, "op": "product"}, "op is 'product'; it must be one of sum, avg, max, min"),
         ({"x": x, "op": dist.ReduceOp.SUM}, "op is .*SUM.*; it must be one of sum, avg, max, min"),
         (
@@ -373,6 +383,10 @@ def autograd(rank: int) -> None:
         assert comm.all_reduce(x).tolist() == [2.0] * 3
     leaf = torch.ones(3, requires_grad=True)
     assert comm.all_reduce(leaf, out=leaf).tolist() == [2.0] * 3
+    x.grad = None
+    doubled = x * 2
+    comm.all_reduce(doubled, out=doubled).sum().backward()
+    assert x.grad.tolist() == [2.0] * 3, "in place, the gradient of doubled stays as it was"
 
 
 def test_no_gradient_flows() -> None:
@@ -453,6 +467,42 @@ def test_close_and_context_manager() -> None:
     run(closing, 2)
 
 
+def copying(rank: int) -> None:
+    comm = Communicator()
+    module = torch.nn.Linear(2, 2)
+    module.comm = comm  # type: ignore[assignment]
+    for copied in (copy.copy(comm), copy.deepcopy(module).comm):
+        assert copied is comm
+    with pytest.raises(
+        TypeError, match="belongs to its process and cannot be pickled; leave it out"
+    ):
+        pickle.dumps(module)
+    assert comm.all_reduce(torch.ones(1)).item() == 2
+
+
+def test_a_copy_is_itself_and_it_is_not_pickled() -> None:
+    run(copying, 2)
+
+
+def forked(rank: int) -> None:
+    comm = Communicator()
+    comm.all_reduce(torch.ones(1))
+    child = os.fork()
+    if child == 0:
+        try:
+            comm.all_reduce(torch.ones(1))
+        except ClosedError as error:
+            os._exit(0 if "make a process group and a communicator here" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert comm.all_reduce(torch.ones(1)).item() == 2, "it goes on where it was made"
+
+
+def test_it_ends_in_a_forked_process() -> None:
+    run(forked, 2)
+
+
 def destroyed(rank: int) -> None:
     group = dist.new_group([0, 1])
     comm = Communicator(group, timeout_s=2.0)
@@ -503,6 +553,20 @@ def outside(rank: int) -> None:
 
 def test_a_group_without_this_rank() -> None:
     run(outside, 3)
+
+
+def no_group(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for wrong, name in ((mesh, "DeviceMesh"), ([0, 1], "list")):
+        with pytest.raises(
+            ArgumentError, match=f"group is {name}, not a torch.distributed.ProcessGroup"
+        ):
+            Communicator(wrong)  # type: ignore[arg-type]
+    assert Communicator(mesh.get_group()).all_reduce(torch.ones(1)).item() == 2
+
+
+def test_what_is_no_group() -> None:
+    run(no_group, 2)
 
 
 def alone(rank: int) -> None:
