@@ -172,6 +172,8 @@ def _reason(error: RuntimeError, what: str) -> str:
     text = str(error)
     if "closed by peer" in text or "Connection reset" in text or "Broken pipe" in text:
         return "it closed its connection (it exited, was killed, or gave up itself)"
+    if "pair closure" in text:  # gloo's words, in every call after the one whose time ran out
+        return "an earlier call waited in vain, and gloo closed the connection; make a new process group"
     if "Timed out" in text or "timeout" in text.lower():
         return f"{what} in time"
     return text.splitlines()[0][:200]

@@ -47,7 +47,12 @@ def resolve_group(group: ProcessGroup | None) -> ProcessGroup:
             "(torchrun sets the environment that it needs)"
         )
     found = dist.group.WORLD if group is None else group
-    if not isinstance(found, dist.ProcessGroup):  # new_group gives other ranks a marker instead
+    if not isinstance(found, dist.ProcessGroup):
+        if found is not dist.GroupMember.NON_GROUP_MEMBER:  # new_group gives it to other ranks
+            raise ArgumentError(
+                f"group is {type(found).__name__}, not a torch.distributed.ProcessGroup; new_group "
+                "makes one, and DeviceMesh.get_group gives that of a dimension"
+            )
         raise ArgumentError(
             f"group is {group!r}, which does not hold rank {dist.get_rank()}; use it only on the "
             "ranks that it was made of"
@@ -296,7 +301,8 @@ class Sideband:
             said = f"rank {other} was in call {theirs.epoch}, {theirs.call}"
         return DisagreementError(
             f"rank {self._rank} is in call {mine.epoch}, {mine.call}; {said}. All ranks must make the "
-            "same calls in the same order. The communicator is broken; make a new one"
+            "same calls in the same order. The communicator is broken (and with gloo its process group "
+            "too: torch.distributed.new_group makes another); make a new one"
         )
 
     def _timeout(self, mine: Report, culprits: list[int], reason: str) -> NvrarError:

@@ -264,6 +264,23 @@ def test_one_rank_refuses_its_arguments_and_the_others_are_told() -> None:
     assert results[2]["kind"] in ("DisagreementError", "PeerTimeout"), results[2]
 
 
+def again(rank: int) -> tuple[str, str, float]:
+    """After calls that differ: a communicator on the same group, and one on a new group."""
+    found = attempt(Communicator(timeout_s=2.0), torch.ones(4 - rank))
+    assert found["kind"] == "DisagreementError", found
+    dist.barrier(dist.new_group())
+    same = attempt(Communicator(timeout_s=2.0), torch.ones(4))
+    new = Communicator(dist.new_group(), timeout_s=2.0)
+    return found["text"], same["text"], new.all_reduce(torch.ones(1)).item()
+
+
+def test_what_remains_of_a_gloo_group_is_said() -> None:
+    for said, same, total in run(again, 2):
+        assert "with gloo its process group too: torch.distributed.new_group makes another" in said
+        assert "gloo closed the connection; make a new process group" in same
+        assert total == 2
+
+
 def test_all_ranks_refuse_and_go_on() -> None:
     assert [r["kind"] for r in run(refusing, 4, True)] == ["fine"] * 4
 
