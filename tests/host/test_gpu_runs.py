@@ -100,11 +100,25 @@ def test_ranks_on_cpus_share_no_gpu(tmp_path: Path) -> None:
     assert all(call.startswith("none share;") and "--eager" not in call for call in calls)
 
 
-def test_ranks_that_share_a_gpu_see_one_each_wherever_they_live(tmp_path: Path) -> None:
-    (folder := tmp_path / "torch").mkdir()
-    (script := folder / "count.py").write_text("import torch\nprint(torch.cuda.device_count())\n")
+COUNT = "import torch; print(torch.cuda.device_count())"
+PICK = """
+import sitecustomize
+import yalis.executor, yalis.joined, yalis.worker
+
+sitecustomize._count = lambda: 2
+for module in (yalis.executor, yalis.joined, yalis.worker):
+    print(module.pick_device("cuda", 3))
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(COUNT, ["4"]), (PICK, ["cuda:1"] * 3)])
+def test_ranks_that_share_gpus_see_one_each_and_take_turns(
+    code: str, said: list[str], tmp_path: Path
+) -> None:
+    (folder := tmp_path / "torch").mkdir()  # which does not make the script one of torch's own
+    (script := folder / "script.py").write_text(code)
     path = os.pathsep.join((str(TESTS / "shared_gpu"), str(TESTS.parent / "src")))
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, str(script)],
         env=os.environ | {"PYTHONPATH": path, "SHARED_GPU_RANKS": "4"},
         capture_output=True,
@@ -112,4 +126,4 @@ def test_ranks_that_share_a_gpu_see_one_each_wherever_they_live(tmp_path: Path) 
         timeout=60,
         check=True,
     )
-    assert said.stdout == "4\n"
+    assert done.stdout.split() == said

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import yalis.device
 
 _count, _set_device = torch.cuda.device_count, torch.cuda.set_device
+_pick_device = yalis.device.pick_device
 _init, _new_group, _config = dist.init_process_group, dist.new_group, dist.get_backend_config
 _BOTH = "cpu:gloo,cuda:gloo"
 
@@ -57,4 +58,6 @@ def pick_device(name, local_rank=0):
 torch.cuda.device_count, torch.cuda.set_device = device_count, set_device
 dist.init_process_group, dist.new_group = init_process_group, new_group
 dist.get_backend_config = get_backend_config
-yalis.device.pick_device = pick_device
+for _name, _module in list(sys.modules.items()):  # who imported it by name has it already
+    if _name.startswith("yalis.") and vars(_module).get("pick_device") is _pick_device:
+        _module.pick_device = pick_device
