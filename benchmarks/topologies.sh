@@ -27,8 +27,9 @@ started() { echo $shared python3 -m torch.distributed.run --standalone --nproc-p
 quick=$([ -z "$shared" ] || echo "--eager --no-peers --iterations 2 --rounds 1 --warmup 1")
 # bench LIMIT_S NxG OPTION...
 bench() {
-    local nodes=${2%x*} each=${2#*x} name="$2 ${NVRAR_TRANSPORT:-direct}"
-    step "$1" "$name" '[┃│]|us of|\* ' $(started $((nodes * each))) -m nvrar bench --device "$device" --nodes "$nodes" \
+    local nodes=${2%x*} each=${2#*x} name="$2 ${NVRAR_TRANSPORT:-direct}" limit=$1
+    [ -z "$shared" ] || limit=$((2 * limit)) # eight on one GPU take a minute
+    step "$limit" "$name" '[┃│]|us of|\* ' $(started $((nodes * each))) -m nvrar bench --device "$device" --nodes "$nodes" \
         --ranks-per-node "$each" --sizes "$sizes" --plans $plans --max-bytes 8M --timeout 20 --predict --json "$out/${name// /-}.jsonl" $quick "${@:3}"
 }
 # engine LIMIT_S NAME MODEL RANKS OPTION...

@@ -56,7 +56,7 @@ of_ranks="ranks or rank_killed or exchanged"
     [ "$last" -gt 0 ] || prefill
 )
 wait
-pytest ranks 120 -k "($of_ranks) and not (torch or symm)"
+pytest ranks 180 -k "($of_ranks) and not (torch or symm)"
 if [ "$gpus" -gt 1 ]; then
     bench two 70 latency $small --tensor-parallel-size 2 --all-reduce nvrar --all-reduce torch --max-num-seqs 32 \
         --batch-size 1 --batch-size 8 --batch-size 32 --prompt-len 128 --output-len 192 --iterations 2
