@@ -275,10 +275,12 @@ def again(rank: int) -> tuple[str, str, float]:
 
 
 def test_what_remains_of_a_gloo_group_is_said() -> None:
-    for said, same, total in run(again, 2):
+    results = run(again, 2)
+    for said, _, total in results:
         assert "with gloo its process group too: torch.distributed.new_group makes another" in said
-        assert "gloo closed the connection; make a new process group" in same
         assert total == 2
+    # The first whose time ran out closed its end; the other may have seen it closed.
+    assert any("gloo closed the connection; make a new process group" in r[1] for r in results)
 
 
 def test_all_ranks_refuse_and_go_on() -> None:
