@@ -7,7 +7,6 @@ out=${OUT:-$(mktemp -d)}
 said=$(mktemp -d)
 trap 'rm -rf "$said"' EXIT
 deadline=$((SECONDS + ${LIMIT_S:-570}))
-num_steps=0
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS:-$((gpus > 1 ? gpus : 2))}
 # Where ranks outnumber GPUs they share them: that shows what is right, and no times. The prefix of such commands.
@@ -16,7 +15,7 @@ if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$ranks" ]; then shared="env SHARED_GPU_RA
 
 # step LIMIT_S NAME PATTERN COMMAND...: shows the lines that match; of a failure also the last that was said.
 step() {
-    num_steps=$((num_steps + 1))
+    echo "$2" >>"$said/steps" # a file: some steps are those of a subshell
     local limit=$1 name=$2 pattern=$3 start=$SECONDS left=$((deadline - SECONDS)) status log
     shift 3
     log=$(mktemp "$said/XXXXXX")
@@ -40,6 +39,6 @@ step() {
 # end_of_steps: what was not right, and the exit code.
 end_of_steps() {
     echo "== $SECONDS s in all"
-    [ "$num_steps" -gt 0 ] || echo "nothing ran; look at PARTS" >>"$said/failed"
+    [ -s "$said/steps" ] || echo "nothing ran; look at what was picked" >>"$said/failed"
     [ ! -s "$said/failed" ] || { echo "not right:" && cat "$said/failed" && exit 1; }
 }

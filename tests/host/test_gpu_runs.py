@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent.parent
 PYTHON = """#!/usr/bin/env bash
 case "$*" in *device_count*) echo "$GPUS" && exit ;; esac
 echo "${SHARED_GPU_RANKS:-none} share; ${NVRAR_TRANSPORT:-direct}; $*" >>"$CALLS"
+case "$*" in *"${FAILING:-nothing}"*) exit 3 ;; esac
 """
 
 
@@ -50,7 +51,9 @@ def test_gpus_are_for_runs_of_their_tests_alone(
     assert conftest.is_for_gpus(SimpleNamespace(args=arguments)) == wanted
 
 
-def run(script: str, folder: Path, num_gpus: int, **variables: str) -> list[str]:
+def start(
+    script: str, folder: Path, num_gpus: int, **variables: str
+) -> subprocess.CompletedProcess[str]:
     (python := folder / "python3").write_text(PYTHON)
     python.chmod(0o755)
     environment = {
@@ -59,7 +62,7 @@ def run(script: str, folder: Path, num_gpus: int, **variables: str) -> list[str]
         "CALLS": str(folder / "calls"),
         "OUT": str(folder),
     }
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", str(TESTS.parent / "benchmarks" / script)],
         env=environment | variables,
         capture_output=True,
@@ -67,6 +70,10 @@ def run(script: str, folder: Path, num_gpus: int, **variables: str) -> list[str]
         timeout=60,
         check=False,
     )
+
+
+def run(script: str, folder: Path, num_gpus: int, **variables: str) -> list[str]:
+    done = start(script, folder, num_gpus, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return (folder / "calls").read_text().splitlines()
 
@@ -98,6 +105,24 @@ def test_ranks_on_cpus_share_no_gpu(tmp_path: Path) -> None:
     calls = run("topologies.sh", tmp_path, 1, DEVICE="cpu", RANKS="2", PARTS="direct")
     assert len(calls) == 2
     assert all(call.startswith("none share;") and "--eager" not in call for call in calls)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_the_engine_is_checked_and_measured_once(num_gpus: int, tmp_path: Path) -> None:
+    calls = run("yalis_check.sh", tmp_path, num_gpus)
+    assert len(set(calls)) == len(calls)
+    assert sum("test_engine_on_gpu" in call for call in calls) == 3
+    assert sum("--tensor-parallel-size 2" in call for call in calls) == 2 * (num_gpus - 1)
+
+
+@pytest.mark.parametrize("failing", ["latency", "throughput"])  # beside another step, and alone
+def test_a_step_that_fails_fails_the_script(failing: str, tmp_path: Path) -> None:
+    done = start("yalis_check.sh", tmp_path, 1, FAILING=failing, SECTIONS="one many")
+    assert done.returncode == 1
+    assert "exit status 3" in done.stdout.rpartition("not right:")[2]
+    nothing = start("yalis_check.sh", tmp_path, 1, SECTIONS="none")
+    assert nothing.returncode == 1
+    assert "nothing ran" in nothing.stdout
 
 
 COUNT = "import torch; print(torch.cuda.device_count())"
