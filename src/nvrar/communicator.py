@@ -111,7 +111,9 @@ class Communicator:
         options = Options(
             topology, plan, max_bytes, timeout_s, deterministic, wire_dtype, machine, executor
         )
-        if executor == "host" or self.world_size == 1:
+        # Then any tensor goes by messages of the group, wherever it lies.
+        self._is_host_only = executor == "host" or self.world_size == 1
+        if self._is_host_only:
             unavailable = gpu.why_unavailable(self.group)
         else:
             unavailable = gpu.open_for(self.group, options.wait_s())
@@ -134,7 +136,7 @@ class Communicator:
         self._sideband = Sideband(self.group, self.name, timeout_s)
         self._gpu_unavailable = agreement.gpu_unavailable
         self._gpu: GpuCalls | None = None
-        if executor == "auto" and not self._gpu_unavailable and self.world_size > 1:
+        if not self._is_host_only and not self._gpu_unavailable:
             try:
                 self._gpu = gpu.make_calls(
                     self.group,
@@ -148,8 +150,7 @@ class Communicator:
                 self._link = self._gpu.link
             except GpuUnavailable as error:  # the same on every rank
                 self._gpu_unavailable = str(error)
-        is_host = executor == "host" or self.world_size == 1
-        without_gpu = None if is_host else self._gpu_unavailable
+        without_gpu = None if self._is_host_only else self._gpu_unavailable
         self._routing = Routing(chooser, self._link, max_bytes, wire_dtype, without_gpu)
         self._on_gpu: set[tuple[int, torch.dtype, str]] = set()  # sizes, types, operations it takes
         self._epoch = 0
@@ -294,7 +295,7 @@ class Communicator:
     def executor_for(self, device: str) -> str:
         """What carries out calls on tensors of ``"cpu"`` or ``"cuda"``: ``"host"``, ``"gpu"``, or
         ``"torch.distributed"`` where neither can. Single calls may still fall back; ``stats`` counts them."""
-        if device == "cpu" or self.executor == "host" or self.world_size == 1:
+        if device == "cpu" or self._is_host_only:
             return "host"
         return "gpu" if self._gpu is not None else "torch.distributed"
 

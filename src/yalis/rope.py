@@ -52,6 +52,11 @@ def read_rope(raw: Mapping[str, Any], where: str, max_positions: int, head_dim: 
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise ConfigError(f"{where}: rope scaling is {scaling!r}; it must be an object or null")
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        raise ConfigError(
+            f"{where}: rope settings differ by the type of layer, which no supported family does; use a "
+            "checkpoint whose rope_parameters are one object"
+        )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     theta = scaling.get("rope_theta")
     theta = raw.get("rope_theta") if theta is None else theta

@@ -146,6 +146,8 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "unreadable": (lambda m: ((m / FIRST).unlink(), (m / FIRST).mkdir()), rf"{FIRST} cannot be read"),
     "rope factor": (edit("config.json", rope_scaling={"type": "linear"}), r"factor is None"),
     "rope bounds": (edit("config.json", rope_scaling=LLAMA3), r"low_freq_factor 4.0 must be below"),
+    "rope by layers": (edit("config.json", rope_parameters={"full_attention": {"rope_theta": 1e6}}),
+                       r"rope settings differ by the type of layer"),
     "rope a text": (edit("config.json", rope_scaling="linear"), r"rope scaling is 'linear'"),
     "flag": (edit("config.json", tie_word_embeddings="yes"), r"tie_word_embeddings is 'yes'"),
     "dtype": (edit("config.json", torch_dtype="int4"), r"dtype is 'int4'; supported"),

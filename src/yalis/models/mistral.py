@@ -7,6 +7,7 @@ from yalis.fields import Fields
 from yalis.models.traits import Family, Traits, windows
 
 
+# transformers reads layer_types for Ministral alone, and warns of a Mistral that has them; we follow them.
 def traits(fields: Fields) -> Traits:
     return Traits(windows=windows(fields, first=0))
 
