@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from yalis.completion import Completion
 from yalis.core import Batch, Request, RowLogprobs, Sequence, StepResult
+from yalis.errors import YalisError
 from yalis.outputs import RequestMetrics, RequestOutput, Update
 from yalis.sampler import request_seed
 from yalis.scheduler import Scheduler, Step
@@ -54,7 +57,10 @@ class Executor(Protocol):
 
 
 class Engine:
-    """Requests in, news of them out, one step at a time. Not thread-safe.
+    """Requests in, news of them out, one step at a time.
+
+    Not thread-safe: `add`, `cancel` and `step` raise YalisError while another thread is in one of them. A
+    server keeps the engine in one thread, and hands it requests by a queue.
 
     Under a launcher every rank has an engine, and all of them make the same calls in the same order: what the
     engines decide follows from that and from the drawn tokens, which every rank gets, so they need not talk.
@@ -79,6 +85,8 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._under_way: deque[Step] = deque()
         self.num_drawn_tokens = 0
+        # Reentrant: an abandoned stream may be cancelled by the garbage collector in the middle of a step.
+        self._in_use = threading.RLock()
 
     @property
     def has_work(self) -> bool:
@@ -103,6 +111,10 @@ class Engine:
         RequestError when it could never fit the cache; the others are unharmed.
         """
         self.check(request)
+        with self._used():
+            return self._add(request, is_streamed)
+
+    def _add(self, request: Request, is_streamed: bool) -> int:
         max_len, params = self._max_len(request), request.params
         request_id = self._num_requests
         self._num_requests += 1
@@ -130,21 +142,27 @@ class Engine:
 
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Stop a request: what it has so far, or None when it is not under way. No update follows."""
-        live = self._live.pop(request_id, None)
-        if live is None:
-            return None
-        for completion in live.completions:
-            sequence = completion.sequence
-            if not sequence.is_finished:
-                sequence.finish_reason = "abort"
-                self._scheduler.retire(sequence)
-        return live.output(request_id)
+        with self._used():
+            live = self._live.pop(request_id, None)
+            if live is None:
+                return None
+            for completion in live.completions:
+                sequence = completion.sequence
+                if not sequence.is_finished:
+                    sequence.finish_reason = "abort"
+                    self._scheduler.retire(sequence)
+            return live.output(request_id)
 
     def step(self) -> list[Update]:
         """Compute one step; the news of it. Empty while prompts are being read.
 
-        If it raises, every request under way is dropped.
+        If it raises, every request under way is dropped; but not where it raises because another thread is
+        in the engine.
         """
+        with self._used():
+            return self._step()
+
+    def _step(self) -> list[Update]:
         try:
             self._submit()
             step = self._under_way.popleft() if self._under_way else None
@@ -165,6 +183,18 @@ class Engine:
         self._under_way.clear()
         self._scheduler.drop_all()
         self._executor.drain()
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise YalisError(
+                "another thread is in a call of this engine; make all calls from one thread, which gets "
+                "requests from the others by a queue"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def _submit(self) -> None:
         while len(self._under_way) < self._executor.depth:

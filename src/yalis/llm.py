@@ -60,7 +60,8 @@ class LLM:
     than a few sequences too; on a CPU, and in float32, tokens are computed one after the other.
 
     Raises ConfigError or CheckpointError, before any process starts, for what cannot work; WorkerError
-    when a rank fails. Close it, or use it as a context manager, to stop the workers.
+    when a rank fails. Close it, or use it as a context manager, to stop the workers. One thread at a time
+    may use it; `make_requests` is for any.
     """
 
     def __init__(

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from yalis_fakes import FLAWED_SEED, alone, make_engine, request
 
-from yalis import RequestError
+from yalis import RequestError, YalisError
 from yalis.blocks import ROOT, BlockPool
 from yalis.core import Batch, StepResult
 from yalis.engine import Engine
@@ -249,6 +251,37 @@ def test_after_a_failed_step_the_engine_is_empty_and_works(error: type[Exception
     engine.add(wanted)
     [output] = run(engine).values()
     assert (output.token_ids, output.finish_reason) == alone(wanted, 1, 100)
+
+
+def test_a_second_thread_is_told_and_harms_nothing() -> None:
+    engine, executor, pool = make_engine(depth=1, max_num_seqs=2)
+    wanted = request(long(0), 5, ignore_eos=True, seed=1)
+    first = engine.add(wanted)
+    said = []
+
+    def meddle() -> None:
+        for call in (engine.step, lambda: engine.add(wanted), lambda: engine.cancel(first)):
+            with pytest.raises(YalisError, match="make all calls from one thread") as told:
+                call()
+            said.append(told)
+
+    compute = executor.result
+
+    def result() -> StepResult:
+        if not said:
+            thread = threading.Thread(target=meddle)
+            thread.start()
+            thread.join()
+        return compute()
+
+    executor.result = result  # type: ignore[method-assign]
+    [output] = run(engine).values()
+    assert len(said) == 3
+    assert (output.token_ids, output.finish_reason) == alone(wanted, 1, 100)
+    assert pool.num_free == pool.num_blocks
+    with ThreadPoolExecutor(1) as other:  # one after the other is fine
+        assert other.submit(engine.add, wanted).result() == first + 1
+    assert len(run(engine)) == 1
 
 
 def test_times_are_in_order() -> None:
