@@ -55,4 +55,8 @@ if wanted engine && [ "$device" = cuda ] && [ -z "$shared" ]; then
         [ "$count" -gt "$ranks" ] || engine 80 "70B on $count ranks" $small "$count"
     done
 fi
+# What fell back was not measured, unless a measured table has torch faster.
+if grep -a ' fell back to ' "$out/topologies.txt" | grep -qv 'measured table'; then
+    echo "some plans were left to torch: see 'fell back' above" >>"$said/failed"
+fi
 end_of_steps
