@@ -140,7 +140,8 @@ def check_graphs() -> None:
 
 
 def check_storm() -> None:
-    """10,000 calls back to back, of random sizes, with random delays on random ranks; all verified."""
+    """10,000 calls back to back, of random sizes, with random delays on random ranks; all verified. The same
+    in a graph."""
     with communicator(plan="auto") as comm:
         sizes = [1, 7, 512, 5000, 33_333, 200_000]
         everyone = {n: inputs_of_all(n, torch.bfloat16, n) for n in sizes}
@@ -149,15 +150,25 @@ def check_storm() -> None:
             for n, x in everyone.items()
         }
         same, own = random.Random(1), random.Random(RANK)
-        wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-        for _ in range(10_000):
-            n = same.choice(sizes)
-            if own.random() < 0.05:
-                torch.cuda._sleep(own.randrange(200_000))
-            y = comm.all_reduce(everyone[n][RANK])
-            wrong += (y != expected[n]).sum()
+        wrong, made = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+        def calls(number: int) -> None:
+            for _ in range(number):
+                n = same.choice(sizes)
+                if own.random() < 0.05:
+                    torch.cuda._sleep(own.randrange(200_000))
+                y = comm.all_reduce(everyone[n][RANK])
+                wrong.add_((y != expected[n]).sum())
+                made.add_(1)
+
+        calls(10_000)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls(200)
+        for _ in range(50):
+            graph.replay()
         comm.check()
-        assert wrong.item() == 0
+        assert (wrong.item(), made.item()) == (0, 20_000)
         y = torch.empty_like(everyone[512][RANK])
         free = torch.cuda.memory_allocated()
         for _ in range(20_000):
