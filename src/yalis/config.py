@@ -26,7 +26,10 @@ _MODEL_TYPES = {name.removesuffix("ForCausalLM").lower(): name for name in FAMIL
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A checkpoint's shape, under the names that config.json gives its fields."""
+    """A checkpoint's shape, under the names that config.json gives its fields.
+
+    `dtype` is empty where it does not say; then `yalis.runner.stored_dtype` does.
+    """
 
     architecture: str
     vocab_size: int
@@ -155,8 +158,8 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
 
 
 def _dtype(raw: Mapping[str, Any], where: str) -> str:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPES:
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+    if name and name not in DTYPES:
         raise ConfigError(f"{where}: dtype is {name!r}; supported: {', '.join(DTYPES)}")
     return name
 

@@ -25,7 +25,7 @@ from yalis.outputs import RequestOutput, Update
 from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.requests import Prompt, check_requests
-from yalis.runner import check_checkpoint
+from yalis.runner import check_checkpoint, stored_dtype
 from yalis.sampling_params import SamplingParams
 from yalis.scheduler import Scheduler
 from yalis.tokenizer import Tokenizer
@@ -111,7 +111,8 @@ class LLM:
             batch_invariant=batch_invariant,
             seed=seed,
         )
-        self.config = ModelConfig.from_folder(options.model)
+        config = ModelConfig.from_folder(options.model)
+        self.config = config if config.dtype else replace(config, dtype=stored_dtype(options))
         self._generation_config = read_generation_config(options.model)
         options.check_against(self.config)
         check_checkpoint(options, self.config)

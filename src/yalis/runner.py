@@ -277,6 +277,11 @@ def open_weights(options: EngineOptions) -> WeightSource:
     return Checkpoint(options.model)
 
 
+def stored_dtype(options: EngineOptions) -> str:
+    """The type of a checkpoint's weights, for a config.json that does not say. Raises CheckpointError."""
+    return "float32" if options.load_format == "dummy" else Checkpoint(options.model).dtype
+
+
 def check_checkpoint(options: EngineOptions, config: ModelConfig) -> None:
     """Raise CheckpointError unless every tensor is there in its shape, and what is tied is equal. Local.
 

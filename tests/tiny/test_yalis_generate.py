@@ -17,6 +17,7 @@ from yalis import LLM, ConfigError, RequestError, SamplingParams, YalisError
 from yalis.testing import make_checkpoint
 
 PROMPTS = ["Once upon a time", "x", "Grüße 🙂", "The network is " * 20, "01"]
+DUMMY = {"load_format": "dummy"}
 GREEDY = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)
 
 
@@ -167,6 +168,17 @@ def test_left_out_params_are_the_checkpoints_own(model: str, tmp_path: Path) -> 
         llm.generate("x", GREEDY)
         with pytest.raises(ConfigError, match=r"generation_config.json: temperature is -1"):
             llm.generate("x")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_silent_config_leaves_the_type_to_the_weights(dtype: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", num_hidden_layers=1, dtype=dtype)
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in raw.items() if "dtype" not in k}))
+    for options, expected in (({}, dtype), ({"dtype": "float32"}, "float32"), (DUMMY, "float32")):
+        with LLM(str(folder), **options) as llm:
+            assert llm._executor.runner.model.lm_head.weight.dtype == getattr(torch, expected)
 
 
 def test_wrong_number_of_params(llm: LLM) -> None:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 
 import torch
 
+from yalis.config import DTYPES as COMPUTED
 from yalis.config import read_json
 from yalis.errors import CheckpointError
 from yalis.weights.loader import WeightPart
@@ -32,6 +35,17 @@ class Checkpoint:
         self._folder = Path(folder)
         self._file_of = self._read_index()
         self._shards = {name: self._open(name) for name in sorted(set(self._file_of.values()))}
+
+    @property
+    def dtype(self) -> str:
+        """The type that most of its numbers have; float32 where that is none to compute in."""
+        counts: Counter[str] = Counter()
+        for shard in self._shards.values():
+            for entry in shard.entries.values():
+                counts[entry.dtype] += math.prod(entry.shape)
+        most = max(counts, key=counts.__getitem__, default="F32")
+        name = str(DTYPES.get(most, torch.float32)).removeprefix("torch.")
+        return name if name in COMPUTED else "float32"
 
     def check(self, part: WeightPart) -> None:
         shard, name = self._find(part)
