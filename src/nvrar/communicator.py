@@ -150,8 +150,10 @@ class Communicator:
                 self._link = self._gpu.link
             except GpuUnavailable as error:  # the same on every rank
                 self._gpu_unavailable = str(error)
-        without_gpu = None if self._is_host_only else self._gpu_unavailable
-        self._routing = Routing(chooser, self._link, max_bytes, wire_dtype, without_gpu)
+        by = self.executor_for("cuda")
+        self._routing = Routing(
+            chooser, self._link, max_bytes, wire_dtype, by, self._gpu_unavailable
+        )
         self._on_gpu: set[tuple[int, torch.dtype, str]] = set()  # sizes, types, operations it takes
         self._epoch = 0
         self._ended: NvrarError | None = None  # why no further call can be made

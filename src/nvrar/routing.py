@@ -28,8 +28,8 @@ class Routing:
         link: what carries the data; see :class:`nvrar.table.Key`.
         max_bytes: larger tensors go to torch.
         wire_dtype: what 16-bit tensors are sent as.
-        without_gpu: why no executor takes tensors that are not on the CPU; None where the host's does, and
-            empty where the GPU's does.
+        executor: what carries out calls on CUDA tensors; see :meth:`nvrar.Communicator.executor_for`.
+        why_no_gpu: why that is not the GPU's executor.
     """
 
     def __init__(
@@ -38,10 +38,12 @@ class Routing:
         link: str,
         max_bytes: int,
         wire_dtype: torch.dtype | None,
-        without_gpu: str | None,
+        executor: str,
+        why_no_gpu: str,
     ) -> None:
         self._chooser, self._link = chooser, link
-        self._max_bytes, self._wire_dtype, self._without_gpu = max_bytes, wire_dtype, without_gpu
+        self._max_bytes, self._wire_dtype = max_bytes, wire_dtype
+        self._executor, self._why_no_gpu = executor, why_no_gpu
         self._too_large = f"messages above max_bytes ({max_bytes})"
         self._choices: dict[tuple[int, torch.dtype], Choice] = {}
 
@@ -59,8 +61,8 @@ class Routing:
         """Why the host executor does not take ``x``; empty if it does."""
         if x.dtype not in host.DTYPES:
             return f"dtype {x.dtype}"
-        if x.device.type != "cpu" and self._without_gpu is not None:
-            return f"no executor for {x.device.type} tensors: {self._without_gpu}"
+        if x.device.type != "cpu" and self._executor != "host":
+            return f"no executor for {x.device.type} tensors: {self._why_no_gpu}"
         return self.why_torch(x)
 
     def why_torch(self, x: Tensor) -> str:
@@ -68,6 +70,6 @@ class Routing:
         if x.nbytes > self._max_bytes:
             return self._too_large
         # A table of the GPU's says nothing of tensors on the CPU.
-        if self._chooser.tables and (x.is_cuda or self._without_gpu != ""):
+        if self._chooser.tables and (x.is_cuda or self._executor != "gpu"):
             return FASTER_BY_TORCH if self.choice(x.nbytes, x.dtype).by_torch else ""
         return ""

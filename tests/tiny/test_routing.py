@@ -14,6 +14,7 @@ from nvrar.routing import FASTER_BY_TORCH, Routing
 from nvrar.tune import Choice
 
 LARGE = "messages above max_bytes (1000)"
+TORCH = "torch.distributed"
 NO_GPU = "no executor for cuda tensors: rank 1 sees no GPU"
 
 
@@ -29,7 +30,7 @@ def tensor(num_bytes: int, device: str, dtype: torch.dtype = torch.bfloat16) -> 
     return plain.as_subclass(OnGpu) if device == "cuda" else plain
 
 
-def routing(without_gpu: str | None, wire_dtype: torch.dtype | None = None) -> Routing:
+def routing(executor: str, wire_dtype: torch.dtype | None = None) -> Routing:
     """By a table that has torch faster for all that is sent in 512 bytes or less."""
 
     def choose(num_bytes: int, dtype: str, link: str) -> Choice:
@@ -37,32 +38,32 @@ def routing(without_gpu: str | None, wire_dtype: torch.dtype | None = None) -> R
         return Choice(Plan(()), by_torch=num_bytes <= 512)
 
     chooser = SimpleNamespace(tables=("a table",), choose=choose)
-    return Routing(chooser, "nvlink", 1000, wire_dtype, without_gpu)
+    return Routing(chooser, "nvlink", 1000, wire_dtype, executor, "rank 1 sees no GPU")
 
 
 @pytest.mark.parametrize(
-    ("without_gpu", "device", "num_bytes", "reason"),
+    ("executor", "device", "num_bytes", "reason"),
     [
-        ("", "cuda", 512, FASTER_BY_TORCH),
-        ("", "cuda", 514, ""),
-        ("", "cuda", 1000, ""),
-        ("", "cuda", 1002, LARGE),
-        ("", "cpu", 512, ""),  # the table is of the GPU's executor
-        ("", "cpu", 1002, LARGE),
-        (None, "cpu", 512, FASTER_BY_TORCH),
-        (None, "cuda", 514, ""),  # the host's executor takes it
-        ("rank 1 sees no GPU", "cpu", 512, FASTER_BY_TORCH),
-        ("rank 1 sees no GPU", "cpu", 514, ""),
-        ("rank 1 sees no GPU", "cuda", 514, NO_GPU),
-        ("rank 1 sees no GPU", "cuda", 1002, NO_GPU),
+        ("gpu", "cuda", 512, FASTER_BY_TORCH),
+        ("gpu", "cuda", 514, ""),
+        ("gpu", "cuda", 1000, ""),
+        ("gpu", "cuda", 1002, LARGE),
+        ("gpu", "cpu", 512, ""),  # the table is of the GPU's executor
+        ("gpu", "cpu", 1002, LARGE),
+        ("host", "cpu", 512, FASTER_BY_TORCH),
+        ("host", "cuda", 514, ""),  # the host's executor takes it
+        (TORCH, "cpu", 512, FASTER_BY_TORCH),
+        (TORCH, "cpu", 514, ""),
+        (TORCH, "cuda", 514, NO_GPU),
+        (TORCH, "cuda", 1002, NO_GPU),
     ],
 )
 def test_why_a_call_is_left_to_torch(
-    without_gpu: str | None, device: str, num_bytes: int, reason: str
+    executor: str, device: str, num_bytes: int, reason: str
 ) -> None:
-    asked = routing(without_gpu)
+    asked = routing(executor)
     x = tensor(num_bytes, device)
-    if not (device == "cuda" and without_gpu == ""):  # else the GPU's executor is asked instead
+    if not (device == "cuda" and executor == "gpu"):  # else the GPU's executor is asked instead
         assert asked.why_not_host(x) == reason
         assert asked.why_not_host(x.to(torch.complex64)) == "dtype torch.complex64"
     if reason != NO_GPU:
@@ -70,7 +71,7 @@ def test_why_a_call_is_left_to_torch(
 
 
 def test_a_table_is_asked_for_what_is_sent() -> None:
-    wide = routing("", torch.float32)
+    wide = routing("gpu", torch.float32)
     assert wide.why_torch(tensor(256, "cuda")) == FASTER_BY_TORCH
     assert wide.why_torch(tensor(512, "cuda")) == ""
     assert wide.why_torch(tensor(512, "cuda", torch.float32)) == FASTER_BY_TORCH
@@ -90,7 +91,7 @@ def test_sum_and_norm_are_one_launch_where_the_sum_is_not_left_to_torch(
         add_rms_norm=lambda *how, sums: made.append(("norm", sums)),
     )
     communicator = object.__new__(Communicator)
-    communicator._gpu, communicator._routing = calls, routing("")
+    communicator._gpu, communicator._routing = calls, routing("gpu")
     communicator._ended, communicator._epoch, communicator.stats = None, 0, Stats()
     communicator._on_gpu = set()
     monkeypatch.setattr(
