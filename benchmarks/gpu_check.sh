@@ -8,6 +8,7 @@ set -u
 cd "$(dirname "$0")/.."
 . benchmarks/steps.sh
 
+[ "$ranks" -gt 1 ] || { echo "RANKS is $ranks; it must be 2 or more" && exit 2; }
 torchrun() { echo $shared python3 -m torch.distributed.run --standalone --nproc-per-node "$ranks"; }
 checks() { step "$1" "${*:3} on $2 ${NVRAR_TRANSPORT:-}" 'passed' $(torchrun) tests/dist/ranks_script.py "${@:2}"; }
 bench() { step "$1" "$2" '[┃│]|us of|\* ' $(torchrun) -m nvrar bench --device cuda --plans auto --timeout 20 "${@:3}"; }

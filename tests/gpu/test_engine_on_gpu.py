@@ -247,7 +247,7 @@ def test_all_reduces_are_exchanged_with_their_graphs(model: str, reference: Refe
 
 LAUNCHED = """
 import json, os, sys
-from yalis import LLM, SamplingParams, WorkerError
+from yalis import LLM, SamplingParams
 
 model, folder, prompts, options = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 params = SamplingParams(max_tokens=48, temperature=0, ignore_eos=True)

@@ -23,7 +23,6 @@ from nvrar.commands.request import Request, add_options
 from nvrar.commands.virtual import run_virtual
 from nvrar.contenders import PlanContender, contenders
 from nvrar.errors import ArgumentError
-from nvrar.gpu.heap import DEFAULT_ARENA_BYTES
 from nvrar.launch import seat
 from nvrar.peers import available, leave
 from nvrar.record import provenance, rows, write_rows
@@ -78,10 +77,6 @@ def _bench(
         raise ArgumentError(refusal)
     topology = ranks.layout(options, group, settings.timeout_s)
     request.check_plans(topology)
-    if settings.device == "cuda":  # the communicators of all plans are there at once
-        os.environ.setdefault(
-            "NVRAR_HEAP_BYTES", str(max(1, len(request.plans)) * DEFAULT_ARENA_BYTES)
-        )
     about = provenance(group, topology, settings, options.command_line, request.machine)
     with (
         contenders(

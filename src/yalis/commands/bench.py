@@ -148,7 +148,7 @@ def _check_path(path: Path | None) -> None:
     """Raise ConfigError where the first rank cannot write there. Collective over a launcher's ranks."""
     refusal = [record.refusal_of_path(path) if path and is_first_rank() else ""]
     if detect(os.environ) is not None:
-        dist.broadcast_object_list(refusal)
+        dist.broadcast_object_list(refusal, src=0)
     if refusal[0]:
         raise ConfigError(f"--json {refusal[0]}")
 
