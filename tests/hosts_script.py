@@ -16,7 +16,7 @@ import torch
 
 from nvrar import Communicator, Topology
 from nvrar.launch import join, seat
-from nvrar.sideband import exchange_values
+from nvrar.meeting import exchange_values
 from nvrar.topology import from_sightings, sighting
 from nvrar.verify import random_inputs
 

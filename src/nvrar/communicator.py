@@ -7,9 +7,8 @@ tensor -> checks -> plan for its size -> executor -> tensor; or, where no execut
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -21,14 +20,15 @@ import torch.distributed as dist
 from nvrar import gpu, host, ops
 from nvrar.arguments import refusal_of_call
 from nvrar.cost import USUAL, Machine, machine_named
-from nvrar.errors import ArgumentError, ClosedError, GpuUnavailable, NvrarError
-from nvrar.host_calls import CallLost, HostCalls
+from nvrar.ending import Ending
+from nvrar.errors import ArgumentError, GpuUnavailable
+from nvrar.host_calls import HostCalls
+from nvrar.meeting import is_destroyed, resolve_group
 from nvrar.options import Options, agree
 from nvrar.plan import Plan
 from nvrar.registry import by_name
 from nvrar.rms_norm import add_rms_norm, refusal_of_norm
 from nvrar.routing import FASTER_BY_TORCH, Routing
-from nvrar.sideband import Report, Sideband, is_destroyed, resolve_group
 from nvrar.topology import Topology
 from nvrar.tune import Chooser
 
@@ -133,7 +133,7 @@ class Communicator:
         )
         self._link = agreement.link
         self._host = HostCalls(self.group, self.topology, self.name, wire_dtype)
-        self._sideband = Sideband(self.group, self.name, timeout_s)
+        self._ending = Ending(self.group, self.name, timeout_s)
         self._gpu_unavailable = agreement.gpu_unavailable
         self._gpu: GpuCalls | None = None
         if not self._is_host_only and not self._gpu_unavailable:
@@ -145,7 +145,7 @@ class Communicator:
                     max_bytes,
                     wire_dtype,
                     timeout_s,
-                    timeout_s - self._sideband.grace_s,
+                    self._ending.wait_s,
                 )
                 self._link = self._gpu.link
             except GpuUnavailable as error:  # the same on every rank
@@ -156,7 +156,6 @@ class Communicator:
         )
         self._on_gpu: set[tuple[int, torch.dtype, str]] = set()  # sizes, types, operations it takes
         self._epoch = 0
-        self._ended: NvrarError | None = None  # why no further call can be made
         self._warned: set[str] = set()
         by_name[self.name] = self
 
@@ -281,8 +280,7 @@ class Communicator:
             if wait:
                 torch.cuda.synchronize(self._gpu.device)
             self._raise_gpu_failure(self._gpu)
-        if self._ended is not None:
-            raise self._ended.with_traceback(None)
+        self._ending.raise_if_over()
 
     def plan_for(self, num_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """The plan that a message of ``num_bytes`` would run; the same on every rank. Not collective.
@@ -315,12 +313,8 @@ class Communicator:
 
     def close(self) -> None:
         """Ends this rank's use of it. Not collective; may be called more than once."""
-        if not isinstance(self._ended, ClosedError):
-            if self._gpu is not None:
-                self._gpu.close()
-            self._ended = ClosedError(
-                f"communicator {self.name} was closed; make a new one for further calls"
-            )
+        if self._ending.close() and self._gpu is not None:
+            self._gpu.close()
 
     def __enter__(self) -> Communicator:
         return self
@@ -365,21 +359,18 @@ class Communicator:
 
     def end_in_child(self) -> None:
         """Makes it useless in a process that was forked from its own (see :mod:`nvrar.registry`)."""
-        self._ended = ClosedError(
-            f"communicator {self.name} was made before this process was forked; make a process group and "
-            "a communicator here, or start the process by spawn"
-        )
+        self._ending.end_in_child()
 
     def let_go_of_group(self) -> None:
         """Forgets a group that was destroyed; for the end of the process (see :mod:`nvrar.registry`)."""
-        del self.group, self._host
+        del self.group, self._host, self._ending
 
     # -- running -----------------------------------------------------------------------------------
 
     def _begin(self, x: Tensor, refusal: str) -> None:
         """Every call begins so: one that cannot work ends here."""
-        if self._ended is not None:
-            raise self._ended.with_traceback(None)  # else it would grow with every call
+        if self._ending.error is not None:
+            self._ending.raise_if_over()
         self._epoch += 1
         if refusal:
             self._refuse(x, refusal)
@@ -403,8 +394,7 @@ class Communicator:
             if torch.cuda.is_current_stream_capturing():
                 raise ArgumentError(refusal)  # nobody waits yet
             epoch = self._gpu.next_call()
-        self._sideband.publish(Report(epoch, "", refused=refusal))
-        raise ArgumentError(refusal)
+        self._ending.refuse(refusal, epoch)
 
     def _run_gpu(self, calls: GpuCalls, x: Tensor, out: Tensor, op: str) -> None:
         self._check_gpu_call(calls, x)
@@ -429,16 +419,16 @@ class Communicator:
             )
 
     def _raise_gpu_failure(self, calls: GpuCalls) -> None:
-        if calls.has_failed and self._ended is None:
-            deadline = time.monotonic() + self._sideband.grace_s
-            self._end(calls.report(), deadline, None)
+        if calls.has_failed and self._ending.error is None:
+            self._ending.fail(calls.report())
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
         reason = self._routing.why_not_host(x)
         if reason:
             return self._run_torch(x, out, op, reason)
         plan = self.plan_for(x.nbytes, x.dtype)
-        return self._within_time(partial(self._host.all_reduce, x, out, op, plan, self._epoch))
+        call = partial(self._host.all_reduce, x, out, op, plan, self._epoch)
+        return self._ending.within_time(call)
 
     def _run_torch(self, x: Tensor, out: Tensor, op: str, reason: str) -> None:
         if reason not in self._warned:
@@ -449,23 +439,5 @@ class Communicator:
             level = min(level, logging.INFO) if is_meant else level
             log.log(level, "nvrar leaves calls to torch.distributed.all_reduce: %s", reason)
         self.stats.fallbacks[reason] += 1
-        self._within_time(partial(self._host.all_reduce_by_torch, x, out, op, self._epoch))
-
-    def _within_time(self, call: Callable[[float], None]) -> None:
-        """Makes ``call``, which is told until when to wait; where it is lost, raises whose fault it was."""
-        deadline = time.monotonic() + self.timeout_s
-        try:
-            call(deadline - self._sideband.grace_s)
-        except CallLost as lost:
-            self._end(lost.report, deadline, lost.__cause__)
-
-    def _end(self, report: Report, deadline: float, cause: BaseException | None) -> NoReturn:
-        """Raises what ``report`` amounts to, now and in every later call."""
-        if is_destroyed(self.group):
-            self._ended = ClosedError(
-                f"the process group of communicator {self.name} was destroyed; make a new group, and "
-                "a new communicator on it"
-            )
-        else:
-            self._ended = self._sideband.explain(report, deadline)
-        raise self._ended from cause
+        call = partial(self._host.all_reduce_by_torch, x, out, op, self._epoch)
+        self._ending.within_time(call)

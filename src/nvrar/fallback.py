@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvrar.errors import ArgumentError
-from nvrar.sideband import is_destroyed
+from nvrar.meeting import is_destroyed
 
 _TORCH_OPS = {
     "sum": dist.ReduceOp.SUM,

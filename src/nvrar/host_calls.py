@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nvrar.blame import Report
 from nvrar.fallback import CollectiveLost, all_reduce_by_torch
 from nvrar.host import HostExecutor, PeerLost, wire_type
+from nvrar.meeting import is_destroyed
 from nvrar.plan import Plan
-from nvrar.sideband import Report, is_destroyed
 from nvrar.topology import Topology
 
 if TYPE_CHECKING:

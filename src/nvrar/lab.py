@@ -13,8 +13,8 @@ from nvrar.contenders import BASELINE, PlanContender
 from nvrar.cost import Machine
 from nvrar.hardware import device_name
 from nvrar.host import backend_of, type_name
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.table import Key, Trial
 from nvrar.topology import Topology
 from nvrar.tune import worth_trying

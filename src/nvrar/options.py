@@ -16,8 +16,8 @@ from nvrar.cost import Machine, machine_named
 from nvrar.errors import ArgumentError, DisagreementError, NvrarError, TopologyError
 from nvrar.hardware import device_name
 from nvrar.host import backend_of
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.table import Table
 from nvrar.topology import Topology, from_sightings, sighting
 

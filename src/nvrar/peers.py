@@ -20,8 +20,8 @@ from torch import Tensor
 
 from nvrar.contenders import Contender, TorchContender
 from nvrar.errors import NvrarError
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 
 
 def available(

@@ -26,7 +26,7 @@ from nvrar.contenders import BASELINE
 from nvrar.cost import Machine
 from nvrar.hardware import cpu_name, driver_version, num_cores
 from nvrar.host import backend_of, type_name
-from nvrar.sideband import exchange_values
+from nvrar.meeting import exchange_values
 from nvrar.topology import Topology
 
 _VARIABLES = ("NVRAR_", "NCCL_", "NVSHMEM_", "GLOO_", "OMP_")

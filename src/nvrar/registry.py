@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from nvrar.errors import ClosedError
-from nvrar.sideband import is_destroyed
+from nvrar.meeting import is_destroyed
 
 if TYPE_CHECKING:
     from nvrar.communicator import Communicator

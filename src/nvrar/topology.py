@@ -110,7 +110,7 @@ class Topology:
         """
         import torch.distributed as dist
 
-        from nvrar.sideband import exchange_values, resolve_group
+        from nvrar.meeting import exchange_values, resolve_group
 
         group = resolve_group(group)
         sightings = exchange_values(group, "topology", sighting(os.environ), timeout_s)

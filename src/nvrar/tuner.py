@@ -21,8 +21,8 @@ from torch.distributed import ProcessGroup
 from nvrar.bench import Settings, check, time_size
 from nvrar.contenders import Contender
 from nvrar.errors import DisagreementError, NvrarError, WrongResultError
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.table import Entry, Key, Table, Trial
 from nvrar.timing import meet
 from nvrar.topology import Topology

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from nvrar.errors import WrongResultError
 from nvrar.host import WIDE
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.testing import reference_all_reduce
 from nvrar.topology import Topology
 

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError, PeerTimeout
-from nvrar.sideband import stay_out, together
+from nvrar.meeting import stay_out, together
 from ranks import run
 
 pytestmark = pytest.mark.host

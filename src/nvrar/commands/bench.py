@@ -24,10 +24,10 @@ from nvrar.commands.virtual import run_virtual
 from nvrar.contenders import PlanContender, contenders
 from nvrar.errors import ArgumentError
 from nvrar.launch import seat
+from nvrar.meeting import exchange_values
 from nvrar.peers import available, leave
 from nvrar.record import provenance, rows, write_rows
 from nvrar.report import of_timing, picture, table
-from nvrar.sideband import exchange_values
 
 
 def add(subparsers: Subparsers) -> None:

@@ -15,7 +15,7 @@ from nvrar.commands.common import complain, exit_code
 from nvrar.errors import ArgumentError, NvrarError, TopologyError
 from nvrar.hardware import num_cores
 from nvrar.launch import Seat, join, start_local_workers
-from nvrar.sideband import store_of
+from nvrar.meeting import store_of
 from nvrar.topology import Topology
 from nvrar.units import format_size
 

@@ -28,8 +28,8 @@ from nvrar.errors import ArgumentError
 from nvrar.gpu.jit import TYPES
 from nvrar.lab import HostLab
 from nvrar.launch import seat
+from nvrar.meeting import exchange_values
 from nvrar.record import provenance, without_names
-from nvrar.sideband import exchange_values
 from nvrar.table import Entry, Table, Trial
 from nvrar.topology import Topology
 from nvrar.tune import ranking, worth_trying

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nvrar.errors import GpuUnavailable
-from nvrar.sideband import together
+from nvrar.meeting import together
 
 if TYPE_CHECKING:
     from nvrar.gpu.calls import GpuCalls
@@ -83,7 +83,7 @@ def make_calls(
 
     Raises:
         GpuUnavailable: a rank's kernels do not compile, or the heap has no place; on every rank.
-        NvrarError: see :func:`nvrar.sideband.together`.
+        NvrarError: see :func:`nvrar.meeting.together`.
     """
     from nvrar.gpu.calls import GpuCalls
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nvrar.blame import Report
 from nvrar.gpu.algorithms import Algorithm, Algorithms
 from nvrar.gpu.executor import GpuExecutor, Prepared
 from nvrar.gpu.jit import OPS, TYPES
@@ -16,7 +17,6 @@ from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
 from nvrar.host import type_name, wire_type
 from nvrar.plan import Plan
 from nvrar.rms_norm import DTYPES
-from nvrar.sideband import Report
 from nvrar.topology import Topology
 from nvrar.tune import Choice
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
-from nvrar.sideband import exchange_values, stay_out, together
+from nvrar.meeting import exchange_values, stay_out, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

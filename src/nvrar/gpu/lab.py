@@ -19,8 +19,8 @@ from nvrar.gpu.kernel import NO_FAILURE
 from nvrar.gpu.layout import LL, LL128, num_parts, shapes_worth_trying
 from nvrar.hardware import device_name
 from nvrar.host import type_name
+from nvrar.meeting import exchange_values
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values
 from nvrar.table import Key, Trial
 from nvrar.topology import Topology
 from nvrar.tune import worth_trying

@@ -12,8 +12,8 @@ from nvrar.errors import ArgumentError
 from nvrar.gpu import heap, layout, links
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.layout import LL, LL128, Format
+from nvrar.meeting import exchange_values, together
 from nvrar.plan import Plan
-from nvrar.sideband import exchange_values, together
 from nvrar.topology import Topology
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from nvrar.sideband import store_of
+from nvrar.meeting import store_of
 from yalis.errors import WorkerError
 
 # Bounds a rank that hangs; one that dies is its launcher's business, or its driver's.

@@ -8,15 +8,16 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from nvrar import sideband
-from nvrar.errors import DisagreementError, PeerTimeout
-from nvrar.sideband import Report, Sideband
+from nvrar import blame
+from nvrar.blame import Report, Reports
+from nvrar.ending import Ending
+from nvrar.errors import ClosedError, DisagreementError, PeerTimeout
 
 CALL, OTHER = "all_reduce of 4", "all_reduce of 5"
 
 
 class Group:
-    """As much of a process group as a sideband asks for."""
+    """As much of a process group as reports ask for."""
 
     def __init__(self, store: HashStore, rank: int) -> None:
         self._store, self._rank = store, rank
@@ -39,12 +40,12 @@ def verdict(
     mine: Report, others: dict[int, list[Report]], monkeypatch: pytest.MonkeyPatch
 ) -> Exception:
     """What rank 0 concludes from ``mine`` and what the others said, in order."""
-    monkeypatch.setattr(sideband, "_store_host", lambda _: None)
+    monkeypatch.setattr(blame, "_store_host", lambda _: None)
     store = HashStore()
     for rank, reports in others.items():
         for report in reports:
-            Sideband(Group(store, rank), "name", 0.4).publish(report)  # type: ignore[arg-type]
-    own = Sideband(Group(store, 0), "name", 0.4)  # type: ignore[arg-type]
+            Reports(Group(store, rank), "name", 0.4).publish(report)  # type: ignore[arg-type]
+    own = Reports(Group(store, 0), "name", 0.4)  # type: ignore[arg-type]
     return own.explain(mine, time.monotonic() + 0.2)
 
 
@@ -86,9 +87,9 @@ def test_the_one_to_blame(
 def test_others_are_heard_though_the_call_took_all_its_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sideband, "_store_host", lambda _: None)
+    monkeypatch.setattr(blame, "_store_host", lambda _: None)
     store = HashStore()
-    own, late = (Sideband(Group(store, rank), "name", 4.0) for rank in (0, 1))  # type: ignore[arg-type]
+    own, late = (Reports(Group(store, rank), "name", 4.0) for rank in (0, 1))  # type: ignore[arg-type]
     telling = threading.Timer(0.2, late.publish, [waits(2)])
     telling.start()
     error = own.explain(waits(1), time.monotonic() - 1)
@@ -101,11 +102,11 @@ def test_others_are_heard_though_the_call_took_all_its_time(
 def test_whose_end_takes_the_store_with_it(
     ranks: list[int], host: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sideband.dist, "get_process_group_ranks", lambda group: ranks)
+    monkeypatch.setattr(blame.dist, "get_process_group_ranks", lambda group: ranks)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    assert sideband._store_host(None) == host
+    assert blame._store_host(None) == host
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert sideband._store_host(None) is None
+    assert blame._store_host(None) is None
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,15 @@ def test_calls_that_differ(
     error = verdict(mine, others, monkeypatch)
     assert isinstance(error, DisagreementError), error
     assert text in str(error)
+
+
+def test_a_communicator_whose_group_was_destroyed_is_still_to_be_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blame, "_store_host", lambda _: None)
+    ending = Ending(Group(HashStore(), 0), "name", 0.4)  # type: ignore[arg-type]
+    with pytest.raises(ClosedError, match="was destroyed"):
+        ending.fail(waits(1))
+    assert [ending.close(), ending.close()] == [True, False]
+    with pytest.raises(ClosedError, match="was closed"):
+        ending.raise_if_over()
