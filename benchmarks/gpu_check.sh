@@ -29,8 +29,12 @@ if [ "$gpus" -gt 0 ] && wanted checks; then
         for topology in "1x$ranks" $several; do checks 50 "$topology" late mismatch; done
     done
     unset NVRAR_TRANSPORT
-    checks 60 "1x$ranks" streams groups
-    checks 40 "1x$ranks" foreign_nvshmem
+    (
+        # Under MPS several kernels of a rank would keep its peers' from a place on the GPU that they share.
+        [ -z "$shared" ] || export CUDA_MPS_PIPE_DIRECTORY=$said
+        checks 60 "1x$ranks" streams groups
+        checks 40 "1x$ranks" foreign_nvshmem
+    )
     for example in all_reduce graph; do
         step 60 "examples/$example.py" 'nvrar.Communicator' $(torchrun) examples/$example.py
     done

@@ -7,7 +7,8 @@ out=${OUT:-$(mktemp -d)}
 said=$(mktemp -d)
 trap 'rm -rf "$said"' EXIT
 deadline=$((SECONDS + ${LIMIT_S:-570}))
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())') ||
+    { echo "python3 cannot import torch; activate the environment that has it" && exit 2; }
 ranks=${RANKS:-$((gpus > 1 ? gpus : 2))}
 # Where ranks outnumber GPUs they share them: that shows what is right, and no times. The prefix of such commands.
 shared=

@@ -26,13 +26,14 @@ case $ranks in
 esac
 wanted() { case " ${PARTS:-direct put tune engine} " in *" $1 "*) true ;; *) false ;; esac; }
 started() { echo $shared python3 -m torch.distributed.run --standalone --nproc-per-node "$1"; }
-# Of ranks that share a GPU every result is checked all the same.
+# Of ranks that share a GPU every result is checked all the same; their times would say nothing.
 quick=$([ -z "$shared" ] || echo "--eager --no-peers --iterations 2 --rounds 1 --warmup 1")
+shown=$([ -z "$shared" ] && echo '[┃│]|us of|\* ' || echo '^sum of| fell back ')
 # bench LIMIT_S NxG OPTION...
 bench() {
     local nodes=${2%x*} each=${2#*x} name="$2 ${NVRAR_TRANSPORT:-direct}" limit=$1
     [ -z "$shared" ] || limit=$((2 * limit)) # eight on one GPU take a minute
-    step "$limit" "$name" '[┃│]|us of|\* ' $(started $((nodes * each))) -m nvrar bench --device "$device" --nodes "$nodes" \
+    step "$limit" "$name" "$shown" $(started $((nodes * each))) -m nvrar bench --device "$device" --nodes "$nodes" \
         --ranks-per-node "$each" --sizes "$sizes" --plans $plans --max-bytes 8M --timeout 20 --predict --json "$out/${name// /-}.jsonl" $quick "${@:3}"
 }
 # engine LIMIT_S NAME MODEL RANKS OPTION...
