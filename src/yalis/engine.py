@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,8 +59,8 @@ class Executor(Protocol):
 class Engine:
     """Requests in, news of them out, one step at a time.
 
-    Not thread-safe: `add`, `cancel` and `step` raise YalisError while another thread is in one of them. A
-    server keeps the engine in one thread, and hands it requests by a queue.
+    Not thread-safe: but for `abandon`, calls raise YalisError in the middle of another. A server keeps the
+    engine in one thread, and hands it requests by a queue.
 
     Under a launcher every rank has an engine, and all of them make the same calls in the same order: what the
     engines decide follows from that and from the drawn tokens, which every rank gets, so they need not talk.
@@ -85,8 +85,9 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._under_way: deque[Step] = deque()
         self.num_drawn_tokens = 0
-        # Reentrant: an abandoned stream may be cancelled by the garbage collector in the middle of a step.
-        self._in_use = threading.RLock()
+        self._abandoned: deque[int] = deque()
+        # Reentrant, so that an interrupt just after it was taken does not lock this thread out for ever.
+        self._in_use, self._is_in_call = threading.RLock(), False
 
     @property
     def has_work(self) -> bool:
@@ -143,15 +144,36 @@ class Engine:
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Stop a request: what it has so far, or None when it is not under way. No update follows."""
         with self._used():
-            live = self._live.pop(request_id, None)
-            if live is None:
-                return None
-            for completion in live.completions:
-                sequence = completion.sequence
-                if not sequence.is_finished:
-                    sequence.finish_reason = "abort"
-                    self._scheduler.retire(sequence)
-            return live.output(request_id)
+            return self._cancel(request_id)
+
+    def abandon(self, request_ids: Iterable[int]) -> None:
+        """Cancel these; where a call is under way, at its end. For any thread, and for the garbage collector,
+        which may close a stream in the middle of a step.
+        """
+        self._abandoned.extend(request_ids)
+        with suppress(YalisError), self._used():
+            pass
+
+    def settle(self) -> None:
+        """Wait for steps that were begun in advance and whose requests have ended. Raises YalisError while
+        requests are under way.
+        """
+        with self._used():
+            if self._live:
+                raise YalisError("requests are under way; finish or cancel them first")
+            while self._under_way:
+                self._step()
+
+    def _cancel(self, request_id: int) -> RequestOutput | None:
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return None
+        for completion in live.completions:
+            sequence = completion.sequence
+            if not sequence.is_finished:
+                sequence.finish_reason = "abort"
+                self._scheduler.retire(sequence)
+        return live.output(request_id)
 
     def step(self) -> list[Update]:
         """Compute one step; the news of it. Empty while prompts are being read.
@@ -186,14 +208,27 @@ class Engine:
 
     @contextmanager
     def _used(self) -> Iterator[None]:
+        """A call, with no other one under way; requests that were abandoned meanwhile end with it."""
         if not self._in_use.acquire(blocking=False):
             raise YalisError(
                 "another thread is in a call of this engine; make all calls from one thread, which gets "
                 "requests from the others by a queue"
             )
+        if self._is_in_call:
+            self._in_use.release()
+            raise YalisError(
+                "this thread is in the middle of a call of this engine; make no call from a signal's "
+                "handler, but note there what to do after it"
+            )
         try:
-            yield
+            self._is_in_call = True
+            try:
+                yield
+            finally:
+                while self._abandoned:
+                    self._cancel(self._abandoned.popleft())
         finally:
+            self._is_in_call = False
             self._in_use.release()
 
     def _submit(self) -> None:

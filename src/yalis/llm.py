@@ -229,15 +229,21 @@ class LLM:
         self._executor.agree(requests)
         for request in requests:
             self.engine.check(request)
-        ids = [self.engine.add(request, is_streamed=is_streamed) for request in requests]
+        ids: list[int] = []
         inbox: deque[Update] = deque()  # one for all: they are asked for together
-        self._inboxes.update((request_id, inbox) for request_id in ids)
+        try:
+            for request in requests:
+                ids.append(self.engine.add(request, is_streamed=is_streamed))
+                self._inboxes[ids[-1]] = inbox
+        except BaseException:  # an interrupt
+            self._end(ids)
+            raise
         return ids
 
     def _end(self, ids: list[int]) -> None:
         """Forget these requests, finished or not."""
+        self.engine.abandon(ids)
         for request_id in ids:
-            self.engine.cancel(request_id)
             self._inboxes.pop(request_id, None)
 
     def _news(self, ids: list[int]) -> list[Update]:
@@ -251,10 +257,9 @@ class LLM:
                     "the request was cancelled, or dropped when a step failed; begin it again"
                 )
             for update in self.engine.step():
-                if (
-                    update.request_id in self._inboxes
-                ):  # others, added to the engine itself, have none
-                    self._inboxes[update.request_id].append(update)
+                its_inbox = self._inboxes.get(update.request_id)
+                if its_inbox is not None:  # those added to the engine itself have none
+                    its_inbox.append(update)
         news = list(inbox)
         inbox.clear()
         return news
@@ -266,10 +271,7 @@ class LLM:
         the options rule it out, YalisError while requests are under way; where GPUs turn out not to share
         memory, ConfigError on a launcher's ranks, and WorkerError, which ends them, with workers.
         """
-        if self.engine.has_work:
-            raise YalisError(
-                "requests are under way; finish or cancel them, then change all_reduce"
-            )
+        self.engine.settle()
         plan = self._plan if name == "nvrar" else "auto"
         options = replace(self.options, all_reduce=name, all_reduce_plan=plan)
         options.check_against(self.config)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import pytest
 from yalis_fakes import FLAWED_SEED, alone, make_engine, request
@@ -281,6 +283,52 @@ def test_a_second_thread_is_told_and_harms_nothing() -> None:
     assert pool.num_free == pool.num_blocks
     with ThreadPoolExecutor(1) as other:  # one after the other is fine
         assert other.submit(engine.add, wanted).result() == first + 1
+    assert len(run(engine)) == 1
+
+
+def test_what_is_abandoned_in_the_middle_of_a_step_ends_with_it() -> None:
+    # As when the garbage collector closes a stream, at whatever call it comes.
+    wanted = [request(long(i, 6), 9, ignore_eos=True, seed=10 * i + 1) for i in range(3)]
+    for place in range(1, 2000, 5):
+        engine, _, pool = make_engine(num_blocks=8, max_num_seqs=3)
+        ids, num_left = [engine.add(one) for one in wanted], place
+
+        def collect(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal num_left
+            if event == "call" and "yalis" in frame.f_code.co_filename:
+                num_left -= 1
+                if num_left == 0:
+                    engine.abandon(ids[1:2])  # noqa: B023
+
+        sys.setprofile(collect)
+        try:
+            outputs = run(engine)
+        finally:
+            sys.setprofile(None)
+        if num_left > 0:
+            break
+        assert pool.num_free == pool.num_blocks
+        for request_id, output in outputs.items():
+            one = wanted[request_id]
+            assert output.token_ids == alone(one, one.params.seed or 0, 100)[0]
+        assert outputs.keys() >= {ids[0], ids[2]}
+    assert place > 200
+
+
+def test_a_call_in_the_middle_of_another_is_refused() -> None:
+    engine, executor, _ = make_engine()
+    first = engine.add(request([1, 2], 5, ignore_eos=True, seed=1))
+
+    def result() -> StepResult:  # as by a signal's handler
+        engine.cancel(first)
+        raise AssertionError
+
+    executor.result = result  # type: ignore[method-assign]
+    with pytest.raises(YalisError, match="make no call from a signal's handler"):
+        engine.step()
+    del executor.result  # type: ignore[method-assign]
+    assert not engine.has_work
+    engine.add(request([1, 2], 5, ignore_eos=True, seed=1))
     assert len(run(engine)) == 1
 
 
