@@ -2,7 +2,8 @@
 # Where yalis stands on the GPUs of this machine: correct first, then measured, in one call of at most LIMIT_S
 # (570) seconds. One GPU does for most of it, shared by two ranks where tokens are compared; two do for all. Short
 # lines go to the terminal; all that was said, and the rows of the benches, to $OUT (default: a new folder).
-# SECTIONS="tokens one" picks some. Needs `pip install '.[cu13,dev]'`. Exit code 0: everything ran, and was right.
+# SECTIONS="tokens one" picks some; GPT_FAST, a clone of gpt-fast, lets it take part. Needs
+# `pip install '.[cu13,dev]'`. Exit code 0: everything ran, and was right.
 set -u
 cd "$(dirname "$0")/.."
 . benchmarks/steps.sh
@@ -56,5 +57,6 @@ if [ "$gpus" -gt 1 ]; then
 fi
 tests peers 90 "two_ranks and not nvrar"
 bench many 45 throughput $small --num-prompts 512 --prompt-len 256 --output-len 128
-section beside 150 'ms a token' python3 benchmarks/yalis_peers.py $small # most of it compiles transformers' model
+# Most of it compiles the others' models.
+section beside 300 'ms a token| / yalis ' python3 benchmarks/yalis_peers.py $small ${GPT_FAST:+--gpt-fast "$GPT_FAST"}
 end_of_steps
