@@ -111,8 +111,9 @@ def test_eight_processes_race_on_an_empty_cache(private_cache):
 
 def test_a_cache_that_cannot_be_written_is_said_and_survived(monkeypatch, caplog):
     monkeypatch.setenv("NVRAR_CACHE_DIR", "/proc/nvrar")
-    assert jit.cubin(spec("exchange:2"))
-    assert "NVRAR_CACHE_DIR" in caplog.text
+    for packets in FORMATS.values():
+        assert jit.cubin(spec("exchange:2", packets))
+    assert caplog.text.count("NVRAR_CACHE_DIR") == 1  # a communicator has tens of kernels
 
 
 def test_a_compiler_error_shows_its_log(monkeypatch):

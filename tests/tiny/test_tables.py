@@ -258,6 +258,31 @@ def test_a_corrupt_table_is_left_out_with_a_warning(
     assert "nvrar tune" in caplog.text
 
 
+@pytest.mark.parametrize("variable", ["NVRAR_CACHE_DIR", "NVRAR_TUNE_TABLE"])
+def test_a_folder_that_cannot_be_read_is_said_and_left_out(
+    variable: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """A container's user may have another's home. Only rank 0 looks: where it raised, all others waited."""
+    blocked = str(tmp_path / ("x" * 300))  # refuses root too
+    monkeypatch.setenv(variable, blocked)
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path)
+    tables.write(table(), tmp_path / "a.json")
+    given = {variable: blocked} if variable == "NVRAR_TUNE_TABLE" else {}
+    assert holding(given) == ([] if given else [tmp_path / "a.json"])
+    assert blocked in caplog.text
+
+
+def test_a_user_without_a_home_has_tables_and_a_folder_to_be_told_of(monkeypatch, caplog) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("NVRAR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert holding({}) == []
+    assert str(tables.user_folder()).startswith("/nonexistent/")
+
+
 @pytest.mark.parametrize("name", ["missing.json", "other.json"])
 def test_a_given_table_that_does_not_hold_is_named(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger("nvrar")
@@ -29,7 +30,14 @@ def cache_folder() -> Path:
     chosen = os.environ.get("NVRAR_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nvrar"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "nvrar"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user that the system has no entry for
+        return Path("/nonexistent")
 
 
 def _read(path: Path) -> bytes | None:
@@ -63,8 +71,13 @@ def _publish(path: Path, code: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        log.warning(
-            "compiled kernels cannot be kept in %s (%s): every process compiles its own; set "
-            "NVRAR_CACHE_DIR to a folder that can be written",
-            path.parent, error,
-        )  # fmt: skip
+        _say_once(path.parent, error.strerror)
+
+
+@cache
+def _say_once(folder: Path, reason: str) -> None:
+    log.warning(
+        "compiled kernels cannot be kept in %s (%s): every process compiles its own; set "
+        "NVRAR_CACHE_DIR to a folder that can be written",
+        folder, reason,
+    )  # fmt: skip

@@ -102,14 +102,24 @@ def _files(environment: Mapping[str, str]) -> Iterator[tuple[Path, bool]]:
     if given == OFF:
         return
     if given:
-        path = Path(given)
-        if path.is_dir():
-            yield from ((file, False) for file in sorted(path.glob("*.json")))
+        if os.path.isdir(given):
+            yield from ((file, False) for file in _files_in(Path(given)))
         else:
-            yield path, True
+            yield Path(given), True
         return
     for folder in (user_folder(), SHIPPED):
-        yield from ((file, False) for file in sorted(folder.glob("*.json")))
+        yield from ((file, False) for file in _files_in(folder))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """None where it may not be read: a container's user may have the home of another."""
+    try:
+        return sorted(folder / name for name in os.listdir(folder) if name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        log.warning("tuning tables in %s are left out: %s", folder, error.strerror)
+        return []
 
 
 def _read(path: Path) -> Table | None:
