@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +28,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **({"allow_abbrev": False} | options))
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """As argparse, but the subcommand itself refuses what it does not know, and so names its own help."""
+        known, rest = super().parse_known_args(*args, **options)
+        if rest:
+            meant = get_close_matches(rest[0].split("=")[0], self._option_string_actions, 1)
+            hint = f"; did you mean {meant[0]}?" if meant else ""
+            self.error(f"unrecognized arguments: {shlex.join(rest)}{hint}")
+        return known, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
