@@ -42,9 +42,9 @@ def all_reduce_by_torch(
         ArgumentError: the backend lacks the type or the operation; the same on every rank.
         CollectiveLost: a rank died or did not come by ``wait_until``, or the group was destroyed.
     """
-    total = (
-        out if out.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-    )
+    # c10d does not take what is conjugated only by its look at memory.
+    direct = out.is_contiguous() and not out.is_conj()
+    total = out if direct else torch.empty_like(x, memory_format=torch.contiguous_format)
     if total is not x:
         total.copy_(x)
     on_cpu = total.device.type == "cpu"

@@ -115,8 +115,9 @@ class Executor:
         self.loaded.append(str(algorithm.plan))
 
     def launch(self, num_bytes: int, x: torch.Tensor, out: torch.Tensor) -> None:
-        assert x.is_contiguous()
-        assert out.is_contiguous()
+        for tensor in (x, out):  # what a kernel sees is their memory
+            assert tensor.is_contiguous()
+            assert not tensor.is_neg()
         assert x.nbytes == num_bytes
         self.launched.append(num_bytes)
         out.copy_(x.detach())
@@ -127,6 +128,7 @@ class Executor:
 
     def launch_rows(self, how: tuple, *tensors: torch.Tensor) -> None:
         assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
+        assert not any(t.is_neg() for t in tensors)
         x, residual, weight, *results = tensors
         rows, dtype, eps, _ = how
         assert (rows, dtype) == (Rows(len(x), x.shape[1] * x.itemsize), x.dtype)
@@ -212,7 +214,11 @@ def test_a_norm_takes_any_layout(make_calls) -> None:
 
     x, residual, weight = torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
     wanted = add_rms_norm(x, residual, weight, 1e-6)
-    for lay in (strided, shifted):
+
+    def negated(values: torch.Tensor) -> torch.Tensor:
+        return torch._neg_view(-values)  # as the imaginary part of a conjugated tensor is
+
+    for lay in (strided, shifted, negated):
         given = lay(x), lay(residual), lay(weight)
         for results in ((lay(x), lay(x)), given[:2]):  # the second time in place
             make_calls().add_rms_norm(*given, 1e-6, *results, sums=True)
@@ -227,6 +233,17 @@ def test_which_rows_a_kernel_takes(make_calls) -> None:
     assert not takes(2, 9)
     assert takes(1, 1 << 15)
     assert not takes(1, (1 << 15) + 8)
+
+
+def test_a_negated_view_is_reduced_by_what_it_shows(make_calls) -> None:
+    shown = torch.complex(torch.zeros(1), torch.ones(1)).conj().imag
+    assert shown.is_contiguous()
+    for x, out in (
+        (shown, torch.empty(1)),
+        (torch.full((1,), -1.0), torch._neg_view(torch.ones(1))),
+    ):
+        make_calls().all_reduce(x, out, "sum")
+        assert out.item() == -1
 
 
 def test_strided_parameters_are_reduced_in_place(make_calls) -> None:
