@@ -60,7 +60,8 @@ class Engine:
     """Requests in, news of them out, one step at a time.
 
     Not thread-safe: but for `abandon`, calls raise YalisError in the middle of another. A server keeps the
-    engine in one thread, and hands it requests by a queue.
+    engine in one thread, and hands it requests by a queue. Where a call fails half way, or is interrupted,
+    every request under way is dropped.
 
     Under a launcher every rank has an engine, and all of them make the same calls in the same order: what the
     engines decide follows from that and from the drawn tokens, which every rank gets, so they need not talk.
@@ -158,9 +159,9 @@ class Engine:
         """Wait for steps that were begun in advance and whose requests have ended. Raises YalisError while
         requests are under way.
         """
+        if self._live:
+            raise YalisError("requests are under way; finish or cancel them first")
         with self._used():
-            if self._live:
-                raise YalisError("requests are under way; finish or cancel them first")
             while self._under_way:
                 self._step()
 
@@ -176,31 +177,21 @@ class Engine:
         return live.output(request_id)
 
     def step(self) -> list[Update]:
-        """Compute one step; the news of it. Empty while prompts are being read.
-
-        If it raises, every request under way is dropped; but not where it raises because another thread is
-        in the engine.
-        """
+        """Compute one step; the news of it. Empty while prompts are being read."""
         with self._used():
             return self._step()
 
     def _step(self) -> list[Update]:
-        try:
-            self._submit()
-            step = self._under_way.popleft() if self._under_way else None
-            if step is None:
-                assert not self._live, "there is work, but nothing that could be scheduled"
-                return []
-            result = self._executor.result()
-            with self._trace("collect"):
-                return self._collect(step, result)
-        except BaseException:
-            with suppress(Exception):  # what comes of an error is not the error
-                self.drop_all()
-            raise
+        self._submit()
+        step = self._under_way.popleft() if self._under_way else None
+        if step is None:
+            assert not self._live, "there is work, but nothing that could be scheduled"
+            return []
+        result = self._executor.result()
+        with self._trace("collect"):
+            return self._collect(step, result)
 
-    def drop_all(self) -> None:
-        """Forget every request under way."""
+    def _drop_all(self) -> None:
         self._live.clear()
         self._under_way.clear()
         self._scheduler.drop_all()
@@ -222,11 +213,13 @@ class Engine:
             )
         try:
             self._is_in_call = True
-            try:
-                yield
-            finally:
-                while self._abandoned:
-                    self._cancel(self._abandoned.popleft())
+            yield
+            while self._abandoned:
+                self._cancel(self._abandoned.popleft())
+        except BaseException:
+            with suppress(Exception):  # what comes of an error is not the error
+                self._drop_all()
+            raise
         finally:
             self._is_in_call = False
             self._in_use.release()

@@ -41,7 +41,7 @@ class Scheduler:
         shares_prefixes: bool = True,
     ) -> None:
         self._pool, self._shares_prefixes = pool, shares_prefixes
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self._free_slots = deque(range(max_num_seqs))
         self._waiting: OrderedDict[Sequence, None] = OrderedDict()  # in order of arrival
         self._running: OrderedDict[Sequence, None] = (
@@ -73,10 +73,10 @@ class Scheduler:
             self._waiting.pop(sequence, None)
 
     def drop_all(self) -> None:
-        """Forget every sequence and all that the cache holds, after a step that may not have run."""
-        for sequence in list(self._running):
-            self.retire(sequence)
+        """Begin anew, whatever state a call that was broken off has left."""
+        self._free_slots = deque(range(self._max_num_seqs))
         self._waiting.clear()
+        self._running.clear()
         self._pool.clear()
 
     def accept(self, sequence: Sequence, token_id: int) -> None:

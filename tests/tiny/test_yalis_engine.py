@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import FrameType
 
 import pytest
@@ -14,7 +17,7 @@ from yalis_fakes import FLAWED_SEED, alone, make_engine, request
 
 from yalis import RequestError, YalisError
 from yalis.blocks import ROOT, BlockPool
-from yalis.core import Batch, StepResult
+from yalis.core import Batch, Request, StepResult
 from yalis.engine import Engine
 from yalis.outputs import RequestOutput
 
@@ -26,6 +29,12 @@ def run(engine: Engine) -> dict[int, RequestOutput]:
             if update.output is not None:
                 outputs[update.request_id] = update.output
     return outputs
+
+
+def run_all(engine: Engine, requests: list[Request]) -> list[RequestOutput]:
+    ids = [engine.add(one) for one in requests]
+    outputs = run(engine)
+    return [outputs[request_id] for request_id in ids]
 
 
 def long(first: int, num_tokens: int = 40) -> list[int]:
@@ -286,26 +295,62 @@ def test_a_second_thread_is_told_and_harms_nothing() -> None:
     assert len(run(engine)) == 1
 
 
+@contextmanager
+def at_call(place: int, act: Callable[[], None]) -> Iterator[list[int]]:
+    """Act in the middle of the place-th call of a function of yalis; then the list is no longer empty."""
+    calls, was_there = itertools.count(1), list[int]()
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and "yalis/" in frame.f_code.co_filename and next(calls) == place:
+            was_there.append(place)
+            act()
+
+    sys.setprofile(profile)
+    try:
+        yield was_there
+    finally:
+        sys.setprofile(None)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_after_an_interrupt_at_any_place_the_engine_is_empty_and_works() -> None:
+    wanted = [request(long(i, 6), 9, ignore_eos=True, seed=10 * i + 1) for i in range(3)]
+    expected = [alone(one, one.params.seed or 0, 100)[0] for one in wanted]
+    engine, _, pool = make_engine(num_blocks=8, max_num_seqs=3)
+    for place in range(1, 2000, 3):
+        is_interrupted = False
+        try:
+            with at_call(place, interrupt) as was_there:
+                ids = [engine.add(one) for one in wanted]
+                engine.step()
+                engine.cancel(ids[1])
+                run(engine)
+        except KeyboardInterrupt:
+            is_interrupted = True
+        if not was_there:
+            break
+        assert is_interrupted
+        for request_id in engine._live.copy():  # those added before an `add` that had not begun
+            engine.cancel(request_id)
+        outputs = run_all(engine, wanted)
+        assert [output.token_ids for output in outputs] == expected
+        assert pool.num_free == pool.num_blocks
+        assert sorted(engine._scheduler._free_slots) == [0, 1, 2]
+    assert place > 200
+
+
 def test_what_is_abandoned_in_the_middle_of_a_step_ends_with_it() -> None:
     # As when the garbage collector closes a stream, at whatever call it comes.
     wanted = [request(long(i, 6), 9, ignore_eos=True, seed=10 * i + 1) for i in range(3)]
     for place in range(1, 2000, 5):
         engine, _, pool = make_engine(num_blocks=8, max_num_seqs=3)
-        ids, num_left = [engine.add(one) for one in wanted], place
-
-        def collect(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal num_left
-            if event == "call" and "yalis" in frame.f_code.co_filename:
-                num_left -= 1
-                if num_left == 0:
-                    engine.abandon(ids[1:2])  # noqa: B023
-
-        sys.setprofile(collect)
-        try:
+        ids = [engine.add(one) for one in wanted]
+        with at_call(place, lambda: engine.abandon(ids[1:2])) as was_there:  # noqa: B023
             outputs = run(engine)
-        finally:
-            sys.setprofile(None)
-        if num_left > 0:
+        if not was_there:
             break
         assert pool.num_free == pool.num_blocks
         for request_id, output in outputs.items():
