@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 
 from nvrar.errors import ArgumentError, PeerTimeout
+from nvrar.topology import is_srun_task
 
 _DEVICES = ("cpu", "cuda")
 _FIRST_PORT = 20000
-# A batch script has SLURM_PROCID too, but is no task of a step that srun made; nobody else would come.
-_SRUN_STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")
 _NUM_PORTS = 20000  # below the ports that Linux gives to outgoing connections
 
 
@@ -43,7 +42,10 @@ class Seat:
     @property
     def init_method(self) -> str:
         """For ``init_process_group``: torchrun's agent has a store of its own there already."""
-        return "env://" if self.launcher == "torchrun" else f"tcp://{self.host}:{self.port}"
+        if self.launcher == "torchrun":
+            return "env://"
+        host = f"[{self.host}]" if ":" in self.host else self.host  # an IPv6 address
+        return f"tcp://{host}:{self.port}"
 
 
 def seat(environment: Mapping[str, str]) -> Seat | None:
@@ -66,7 +68,7 @@ def seat(environment: Mapping[str, str]) -> Seat | None:
             environment["MASTER_ADDR"],
             _number(environment, "MASTER_PORT"),
         )
-    elif "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP):
+    elif is_srun_task(environment):  # nobody else would come to a batch script
         total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
         found = Seat(
             "Slurm",

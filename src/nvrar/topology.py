@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nvrar")
 
+# What a task of srun has. A batch script has SLURM_PROCID too, and mpirun's processes beside it; those that
+# it starts elsewhere count nodes without the script's.
+_SRUN_STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")
 # In order of trust: the first kind that every rank has decides. A launcher knows better than a host
 # name, which containers on different machines may share.
 _SOURCES = ("NVRAR_RANKS_PER_NODE", "torchrun", "Slurm", "host name")
@@ -124,7 +127,7 @@ def sighting(environment: Mapping[str, str]) -> dict[str, str]:
         seen["NVRAR_RANKS_PER_NODE"] = environment["NVRAR_RANKS_PER_NODE"]
     if "GROUP_RANK" in environment and "TORCHELASTIC_RUN_ID" in environment:
         seen["torchrun"] = environment["GROUP_RANK"]
-    if "SLURM_NODEID" in environment and "SLURM_PROCID" in environment:
+    if "SLURM_NODEID" in environment and is_srun_task(environment):
         seen["Slurm"] = environment["SLURM_NODEID"]
     try:  # containers of one image may share a host name, but never a boot of two machines
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -133,6 +136,11 @@ def sighting(environment: Mapping[str, str]) -> dict[str, str]:
         boot_id = ""
     seen["host name"] = f"{socket.gethostname()}/{boot_id}"
     return seen
+
+
+def is_srun_task(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm's srun started this process, or one that it comes from."""
+    return "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP)
 
 
 def from_sightings(sightings: Sequence[Mapping[str, str]], global_ranks: Sequence[int]) -> Topology:

@@ -66,7 +66,7 @@ def torchrun(node: int) -> dict[str, str]:
 
 
 def slurm(node: int) -> dict[str, str]:
-    return {"SLURM_PROCID": "0", "SLURM_NODEID": str(node)}
+    return {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NODEID": str(node)}
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,13 @@ def test_seats_are_read_from_the_environment(variables: dict, expected: Seat | N
     assert seat(variables) == expected
 
 
+def test_an_ipv6_address_is_told_from_its_port() -> None:
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "::1"}
+    place = seat(step | {"MASTER_PORT": "1234"})
+    assert place is not None
+    assert place.init_method == "tcp://[::1]:1234"
+
+
 def test_malformed_seats_are_refused() -> None:
     with pytest.raises(ArgumentError, match="RANK is 'x'"):
         seat({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"})

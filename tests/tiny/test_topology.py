@@ -13,7 +13,7 @@ from nvrar.errors import TopologyError
 from nvrar.topology import Topology, from_sightings, sighting
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "1", "RANK": "5"}
-SLURM = {"SLURM_NODEID": "3", "SLURM_PROCID": "12"}
+SLURM = {"SLURM_NODEID": "3", "SLURM_PROCID": "12", "SLURM_STEP_ID": "0"}
 
 
 def hosts(names: str) -> list[dict[str, str]]:
@@ -27,8 +27,10 @@ def test_a_sighting_by_launcher() -> None:
     plain = sighting({"NVRAR_RANKS_PER_NODE": ""})
     assert list(plain) == ["host name"]
     assert plain["host name"].startswith(f"{socket.gethostname()}/")
-    # GROUP_RANK alone may be anybody's; SLURM_NODEID without a task is the batch script's.
-    assert list(sighting({"GROUP_RANK": "1", "SLURM_NODEID": "0"})) == ["host name"]
+    # GROUP_RANK alone may be anybody's; SLURM_NODEID without a step is the batch script's, as those have it
+    # whom mpirun starts beside it.
+    script = {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert list(sighting({"GROUP_RANK": "1"} | script)) == ["host name"]
 
 
 def test_by_host_name() -> None:
