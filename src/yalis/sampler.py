@@ -23,6 +23,7 @@ from yalis.penalties import Penalties
 from yalis.sampling_params import Draw
 
 _MASK = 2**64 - 1
+_ID_MASK = 2**32 - 1
 # Rows are drawn in portions of this many logits, which bounds the temporaries at about 0.5 GB.
 _PORTION = 1 << 24
 
@@ -34,8 +35,8 @@ class Logprobs:
     """Log probabilities by the untouched logits, for those rows of a batch that asked for them.
 
     `rows` are the batch's, m of them. `drawn` `[m]` float32 belongs to the drawn token and `rank` `[m]`
-    is its place among all, from 1. `top` and `top_ids`, both `[m, k]`, are the likeliest tokens in order;
-    k is the most that a row asked for.
+    is its place among all, from 1. `top` and `top_ids`, both `[m, k]`, are the likeliest tokens in order,
+    equally likely ones by their ids; k is the most that a row asked for.
     """
 
     rows: tuple[int, ...]
@@ -181,9 +182,25 @@ def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logpr
         logits.index_select(0, index).float(), (0, -logits.shape[-1] % 4), value=-torch.inf
     )
     logprobs = wanted_logits.log_softmax(dim=-1)
-    drawn = logprobs.gather(1, token_ids[index].unsqueeze(1))
-    top, top_ids = logprobs.topk(min(max(most), logits.shape[-1]), dim=-1)
-    return Logprobs(rows, drawn.squeeze(1), (logprobs > drawn).sum(dim=-1) + 1, top, top_ids)
+    drawn_ids = token_ids[index].unsqueeze(1)
+    order = _order(logprobs)
+    top_ids = order.topk(min(max(most), logits.shape[-1]), dim=-1, largest=False).values & _ID_MASK
+    return Logprobs(
+        rows,
+        drawn=logprobs.gather(1, drawn_ids).squeeze(1),
+        rank=(order < order.gather(1, drawn_ids)).sum(dim=-1) + 1,
+        top=logprobs.gather(1, top_ids),
+        top_ids=top_ids,
+    )
+
+
+def _order(logprobs: Tensor) -> Tensor:
+    """Int64 of the likeliest first, and of equally likely tokens in their own order: 16-bit logits are often
+    equal, and what topk does with them depends on its k and on the number of rows. The lower half is the id.
+    """
+    ids = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    # As integers, the bits of numbers from 0 up are in the numbers' order, and a -0 comes before them.
+    return (-logprobs).view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(ids)
 
 
 def draw_keys(seed: int, token_idx: int) -> tuple[int, int]:

@@ -216,6 +216,23 @@ def test_logprobs_are_of_the_model_whatever_the_filters() -> None:
     assert torch.equal(greedy.drawn, greedy.top[:, 0])
 
 
+def test_equally_likely_tokens_are_reported_in_their_own_order_whatever_others_ask_for() -> None:
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(5)).mul(4).round()
+    draws = [draw(seed=3, logprobs=num) for num in (7, 1, 20)]
+    found = sample(logits, draws).logprobs
+    assert found is not None
+    for row, num in enumerate((7, 1, 20)):
+        order = logits[row].argsort(descending=True, stable=True)
+        alone = sample(logits[row : row + 1], draws[row : row + 1])
+        assert alone.logprobs is not None
+        assert alone.logprobs.top_ids[0].tolist() == order[:num].tolist()
+        assert torch.equal(found.top_ids[row, :num], order[:num])
+        assert order[found.rank[row] - 1] == alone.token_ids[0]
+    certain = sample(torch.tensor([[0.0, 200.0, 0.0]]), [draw(logprobs=2)]).logprobs
+    assert certain is not None
+    assert (certain.top_ids.tolist(), certain.top.tolist()) == ([[1, 0]], [[0.0, -200.0]])
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_not_finite_is_told_and_harms_no_other(
