@@ -260,4 +260,5 @@ class GpuExecutor:
         """Local. The workspace is given back unless a call went wrong: then packets may still come in."""
         torch.cuda.synchronize(self.device)
         if self.failure.kind == kernel.NO_FAILURE:
-            self._workspace.release()
+            with torch.cuda.device(self.device):
+                self._workspace.release()

@@ -13,6 +13,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+
 from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
 from nvrar.meeting import exchange_values, stay_out, together
 
@@ -41,6 +44,7 @@ class Heap:
         self._address = address
         self.num_bytes = num_bytes
         self.pe: int = self._nvshmem.my_pe()
+        self.device_index = torch.cuda.current_device()
         self._taken: set[tuple[int, int]] = set()
 
     def allocate(self, group: ProcessGroup, num_bytes: int, timeout_s: float) -> Piece:
@@ -71,9 +75,7 @@ class Heap:
         self._taken.discard((piece.offset, piece.offset + piece.num_bytes))
 
     def finish_puts(self) -> None:
-        """Waits until all puts of this rank are complete at both ends."""
-        import torch
-
+        """Waits until all puts of this rank are complete at both ends. With the heap's GPU current."""
         stream = torch.cuda.current_stream()
         self._nvshmem.quiet_on_stream(stream.cuda_stream)
         stream.synchronize()
@@ -125,8 +127,6 @@ def open_heap(missing: str, timeout_s: float) -> Heap:
 
 
 def _open(missing: str, timeout_s: float) -> Heap:
-    import torch.distributed as dist
-
     world = dist.group.WORLD
     assert world is not None
     if missing:
@@ -161,8 +161,6 @@ def _open(missing: str, timeout_s: float) -> Heap:
 
 
 def _offer(rank: int) -> dict[str, Any]:
-    import torch
-
     torch.zeros(1, device="cuda")  # makes the context that NVSHMEM will live in
     nvshmem = _bindings()
     given = os.environ.get("NVRAR_HEAP_BYTES") or str(DEFAULT_ARENA_BYTES)
@@ -200,7 +198,13 @@ def _initialise(nvshmem: Any, rank: int, num_ranks: int, encoded: str) -> None:
     ctypes.memmove(unique_id.ptr, raw, len(raw))
     attributes = nvshmem.InitAttr()
     nvshmem.set_attr_uniqueid_args(rank, num_ranks, unique_id.ptr, attributes.ptr)
-    nvshmem.hostlib_init_attr(nvshmem.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
+    try:
+        nvshmem.hostlib_init_attr(nvshmem.Flags.INIT_WITH_UNIQUEID, attributes.ptr)
+    except nvshmem.NVSHMEMError as error:
+        raise GpuUnavailable(
+            f"NVSHMEM did not start: {error}; NVSHMEM_DEBUG=INFO makes it say why (in a container it may "
+            "be a small /dev/shm: docker run --ipc=host)"
+        ) from error
 
 
 def _prefer_given_interface() -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from nvrar.errors import ArgumentError
@@ -38,7 +39,8 @@ class Workspace:
 
     Raises:
         GpuUnavailable: the heap has no place for it.
-        ArgumentError: NVRAR_TRANSPORT asks for what the links cannot do; DisagreementError on the others.
+        ArgumentError: NVRAR_TRANSPORT asks for what the links cannot do, or another GPU is current than the
+            heap's; DisagreementError on the others.
         PeerTimeout: a rank did not come.
     """
 
@@ -63,14 +65,20 @@ class Workspace:
         largest = algorithms(self.link)
         self._region_bytes = {f: _largest(largest, f) for f in (LL, LL128)}
         inbox_bytes = 2 * sum(self._region_bytes.values())
-        # Inboxes, and behind them an outbox of the LL region's size for what travels by put.
-        self._piece = self._heap.allocate(
-            group, inbox_bytes + 2 * self._region_bytes[LL], timeout_s
-        )
+        # Inboxes, and behind them an outbox of the LL region's size where anything travels by put.
+        outbox_bytes = 2 * self._region_bytes[LL] if self.link in ("network", "put") else 0
+        self._piece = self._heap.allocate(group, inbox_bytes + outbox_bytes, timeout_s)
         self._outbox = self._piece.address + inbox_bytes
 
     def _link(self, device: links.Device, peers: Sequence[links.Device]) -> str:
         """How this rank reaches its peers: one of LINKS."""
+        current = torch.cuda.current_device()
+        if current != self._heap.device_index:
+            raise ArgumentError(
+                f"the current GPU is cuda:{current}, and NVSHMEM, which has one GPU a process, was started "
+                f"on cuda:{self._heap.device_index}; make every communicator with the same GPU current: "
+                "torch.cuda.set_device(local rank) before the first"
+            )
         chosen = os.environ.get("NVRAR_TRANSPORT") or "auto"
         if chosen not in TRANSPORTS:
             raise ArgumentError(
