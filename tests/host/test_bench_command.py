@@ -169,3 +169,32 @@ def test_workers_do_not_outlive_the_command() -> None:
     finally:
         for pid in alive(mark):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_an_interrupt_while_workers_import_ends_it_quietly() -> None:
+    mark = f"--iterations={3 * 10**6 + os.getpid()}"
+    command = subprocess.Popen(
+        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", mark],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while command.poll() is None:
+            importing = [pid for pid in alive(mark) if pid != command.pid and _has_torch(pid)]
+            if len(importing) == 2:
+                break
+            time.sleep(0.01)
+        command.send_signal(signal.SIGINT)
+        _, error = command.communicate(timeout=20)  # for one that stays, torch waits 30 s
+        assert command.returncode == 128 + signal.SIGINT
+        assert "Traceback" not in error
+        assert alive(mark) == []
+    finally:
+        for pid in alive(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _has_torch(pid: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:  # it ended meanwhile
+        return False

@@ -19,6 +19,13 @@ from nvrar.meeting import store_of
 from nvrar.topology import Topology
 from nvrar.units import format_size
 
+# An interrupt ends a rank at once, even while it imports: Python's way, an exception in whatever code runs,
+# can be swallowed there, and the others then wait for that rank.
+_AS_RANK = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "runpy.run_module('nvrar', run_name='__main__', alter_sys=True)"
+)
+
 
 def local_topology(options: argparse.Namespace, device: str) -> Topology:
     """What to start here without a launcher: as asked for, else a rank for each GPU, or 2 nodes of 2."""
@@ -58,7 +65,7 @@ def start(topology: Topology, device: str, largest_bytes: int, options: argparse
         )
     return start_local_workers(
         topology.world_size,
-        [sys.executable, "-m", "nvrar", *options.command_line[1:]],
+        [sys.executable, "-c", _AS_RANK, *options.command_line[1:]],
         {"NVRAR_RANKS_PER_NODE": str(topology.ranks_per_node)},
     )
 
