@@ -11,7 +11,7 @@ from nvrar import gpu
 
 COUNT = torch.cuda.device_count()
 NUM_RANKS = max(COUNT, 2)
-ARE_SHARED = COUNT < NUM_RANKS  # then times mean nothing, and gloo stands for NCCL
+ARE_SHARED = COUNT < NUM_RANKS  # then times mean nothing
 NEED = "needs a CUDA GPU, and a run of its own: pytest tests/gpu tests/dist"
 WHY_NO_RANKS = gpu.why_unavailable(None) if COUNT else NEED  # empty where nvrar's executor can run
 _SITE = Path(__file__).with_name("shared_gpu")

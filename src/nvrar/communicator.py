@@ -133,6 +133,7 @@ class Communicator:
         )
         self._link = agreement.link
         self._host = HostCalls(self.group, self.topology, self.name, wire_dtype)
+        self._backends = host.backends_of(self.group)
         self._ending = Ending(self.group, self.name, timeout_s)
         self._gpu_unavailable = agreement.gpu_unavailable
         self._gpu: GpuCalls | None = None
@@ -423,6 +424,13 @@ class Communicator:
             self._ending.fail(calls.report())
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
+        if x.device.type not in self._backends:
+            self._refuse(
+                x,
+                f"x is on {x.device}, and the process group carries tensors of "
+                f"{', '.join(self._backends)} alone; give init_process_group a backend for each device, "
+                "such as 'cpu:gloo,cuda:nccl'",
+            )
         reason = self._routing.why_not_host(x)
         if reason:
             return self._run_torch(x, out, op, reason)

@@ -46,10 +46,16 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def backend_of(group: dist.ProcessGroup, device: str) -> str:
-    """What of ``group`` carries tensors of ``device``, out of ``cpu:gloo,cuda:nccl``."""
+def backends_of(group: dist.ProcessGroup) -> dict[str, str]:
+    """What of ``group`` carries the tensors of each type of device: ``cpu:gloo,cuda:nccl`` by device."""
     config = str(dist.get_backend_config(group))
-    return dict(entry.split(":") for entry in config.split(",")).get(device, config)
+    return dict(entry.split(":") for entry in config.split(","))
+
+
+def backend_of(group: dist.ProcessGroup, device: str) -> str:
+    """What of ``group`` carries tensors of ``device``; all that it has, where nothing does."""
+    backends = backends_of(group)
+    return backends.get(device) or ",".join(map(":".join, backends.items()))
 
 
 def wire_type(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:

@@ -226,10 +226,7 @@ def test_other_families_are_within_the_roundings(
 def test_two_ranks_are_within_the_roundings(
     all_reduce: str, model: str, reference: Reference
 ) -> None:
-    # gloo, which stands for NCCL on a shared GPU, goes into no graph.
-    eager = gpus.ARE_SHARED and all_reduce == "torch"
-    options = {"tensor_parallel_size": 2, "all_reduce": all_reduce, "enforce_eager": eager}
-    check(serve(model, **options), reference)
+    check(serve(model, tensor_parallel_size=2, all_reduce=all_reduce), reference)
 
 
 @pytest.mark.usefixtures("shared")
@@ -238,7 +235,7 @@ def test_all_reduces_are_exchanged_with_their_graphs(model: str, reference: Refe
     with LLM(model, device="cuda", tensor_parallel_size=2, **options) as llm:
         first = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         check(first, reference)
-        for name in ("symm-one-shot" if gpus.ARE_SHARED else "torch", "nvrar"):
+        for name in ("torch", "nvrar"):
             llm.use_all_reduce(name)
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
             check(outputs, reference)

@@ -593,3 +593,19 @@ def test_every_error_is_an_nvrar_error() -> None:
         value = getattr(nvrar, name)
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, NvrarError)
+
+
+def without_a_backend_for_cpus(rank: int) -> tuple[str, bool]:
+    """What a call says where torch has nothing that carries tensors of CPUs, as in a group of NCCL alone."""
+    comm = Communicator(dist.new_group(backend="cuda:gloo"), timeout_s=20.0)
+    with pytest.raises(ArgumentError) as caught:
+        comm.all_reduce(torch.ones(3))
+    with pytest.raises(ArgumentError):
+        comm.all_reduce_add_rms_norm(torch.ones(3), torch.ones(3), torch.ones(3))
+    return str(caught.value), "cuda:gloo" in repr(comm)
+
+
+def test_tensors_that_the_group_cannot_carry_are_refused() -> None:
+    for text, is_named in run(without_a_backend_for_cpus, 2):
+        assert text.startswith("x is on cpu, and the process group carries tensors of cuda alone")
+        assert is_named

@@ -1,7 +1,8 @@
 """More ranks than GPUs: they share them, so that one GPU does for what ranks must do right together.
 
 Python imports this first in every process that has this folder on PYTHONPATH. SHARED_GPU_RANKS says how
-many GPUs there seem to be. NCCL refuses two ranks on one GPU, so gloo stands for it. Times mean nothing.
+many GPUs there seem to be. To NCCL, which refuses two ranks on one GPU of a host, each rank is a host: it
+goes by sockets. Times mean nothing.
 
 Ranks' kernels run in turns of milliseconds. With CUDA's MPS (`nvidia-cuda-mps-control -d`) they run at once,
 which two ranks of nvrar can: those of more, or of an engine, may keep each other from a place on the GPU.
@@ -11,16 +12,14 @@ import os
 import sys
 
 os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+os.environ |= {"NCCL_HOSTID": os.environ.get("RANK", ""), "NCCL_SOCKET_IFNAME": "lo"}
 
 import torch
-import torch.distributed as dist
 
 import yalis.device
 
 _count, _set_device = torch.cuda.device_count, torch.cuda.set_device
 _pick_device = yalis.device.pick_device
-_init, _new_group, _config = dist.init_process_group, dist.new_group, dist.get_backend_config
-_BOTH = "cpu:gloo,cuda:gloo"
 
 
 def device_count():
@@ -33,22 +32,6 @@ def set_device(device):
     _set_device((index or 0) % _count())
 
 
-def without_nccl(backend):
-    return _BOTH if backend and "nccl" in backend else backend
-
-
-def init_process_group(backend=None, *args, device_id=None, **options):
-    _init(without_nccl(backend), *args, **options)
-
-
-def new_group(ranks=None, timeout=None, backend=None, *args, **options):
-    return _new_group(ranks, timeout, without_nccl(backend), *args, **options)
-
-
-def get_backend_config(group=None):
-    return str(_config(group)).replace(_BOTH, "cpu:gloo,cuda:nccl")
-
-
 def pick_device(name, local_rank=0):
     if yalis.device.device_type(name) == "cpu":
         return torch.device("cpu")
@@ -56,8 +39,6 @@ def pick_device(name, local_rank=0):
 
 
 torch.cuda.device_count, torch.cuda.set_device = device_count, set_device
-dist.init_process_group, dist.new_group = init_process_group, new_group
-dist.get_backend_config = get_backend_config
 for _name, _module in list(sys.modules.items()):  # who imported it by name has it already
     if _name.startswith("yalis.") and vars(_module).get("pick_device") is _pick_device:
         _module.pick_device = pick_device
