@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ class Nvshmem:
 
     def __init__(self, is_mapped: bool = True, fails: bool = False) -> None:
         self.is_mapped, self.fails = is_mapped, fails
+        self.states: dict[int, weakref.ref] = {}  # where it writes its state, whenever one is added
 
     def my_pe(self) -> int:
         return 0
@@ -47,9 +51,30 @@ class Nvshmem:
     def set_attr_uniqueid_args(self, *place: int) -> None:
         pass
 
+    def culibrary_init(self, handle: int) -> int:
+        assert all(library() is not None for library in self.states.values()), (
+            "written to when unloaded"
+        )
+        self.states[handle] = Library.loaded[handle]
+        return 7 if self.fails else 0
+
+    def culibrary_finalize(self, handle: int) -> int:
+        assert self.states.pop(handle)() is not None
+        return 0
+
     def hostlib_init_attr(self, flags: int, attributes: int) -> None:
         if self.fails:
             raise self.NVSHMEMError("Status code 7")
+
+
+class Library:
+    """Machine code that is loaded as long as somebody holds it. A handle comes again."""
+
+    loaded: ClassVar[dict[int, weakref.ref]] = {}
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.loaded[handle] = weakref.ref(self)
 
 
 GROUP = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
@@ -120,6 +145,27 @@ def test_memory_is_given_back_on_its_own_gpu(make, current: list[int], monkeypat
     made.close()
     assert at == [0]
     assert made._workspace._heap._taken == set()
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_nvshmem_writes_to_no_library_that_was_unloaded(make, is_closed: bool) -> None:
+    """Though a communicator be closed, or deleted and never closed: the next one's kernels would fail."""
+    nvshmem = Nvshmem(is_mapped=False)
+    for handle in (1, 2, 3):
+        made = make(nvshmem)
+        made.initialise(Library(1 if is_closed else handle))
+        if is_closed:
+            made._heap.finish_puts = lambda: None
+            made.release()
+            assert nvshmem.states == {}
+        del made
+        gc.collect()
+    assert len(nvshmem.states) == (0 if is_closed else 3)
+
+
+def test_a_library_that_nvshmem_does_not_take_is_said(make) -> None:
+    with pytest.raises(GpuUnavailable, match=r"status 7.*pip install"):
+        make(Nvshmem(fails=True)).initialise(Library(1))
 
 
 def test_an_nvshmem_that_does_not_start_leaves_calls_to_torch(current, monkeypatch) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nvrar.errors import ArgumentError
-from nvrar.gpu import heap, jit, kernel, layout
+from nvrar.gpu import jit, kernel, layout
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.layout import LaunchShape, Room, Rows
 from nvrar.gpu.workspace import Workspace
@@ -235,7 +235,7 @@ class GpuExecutor:
                 )
             library = jit.load(spec)
             if spec.uses_put:
-                heap.initialise_library(int(library.handle))
+                self._workspace.initialise(library)
             self._libraries.append(library)
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]

@@ -20,6 +20,7 @@ from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
 from nvrar.meeting import exchange_values, stay_out, together
 
 if TYPE_CHECKING:
+    from cuda.core import ObjectCode
     from torch.distributed import ProcessGroup
 
 DEFAULT_ARENA_BYTES = 512 << 20
@@ -46,6 +47,7 @@ class Heap:
         self.pe: int = self._nvshmem.my_pe()
         self.device_index = torch.cuda.current_device()
         self._taken: set[tuple[int, int]] = set()
+        self._libraries: dict[int, ObjectCode] = {}
 
     def allocate(self, group: ProcessGroup, num_bytes: int, timeout_s: float) -> Piece:
         """A zeroed piece. Collective over ``group``.
@@ -79,6 +81,26 @@ class Heap:
         stream = torch.cuda.current_stream()
         self._nvshmem.quiet_on_stream(stream.cuda_stream)
         stream.synchronize()
+
+    def initialise(self, library: ObjectCode) -> None:
+        """Tells a loaded library whose kernels put where NVSHMEM's device state is. It stays loaded until
+        :meth:`forget`: NVSHMEM writes its state into every library that it was told of, again and again.
+
+        Raises:
+            GpuUnavailable: NVSHMEM did not take it.
+        """
+        status = self._nvshmem.culibrary_init(int(library.handle))
+        if status:
+            raise GpuUnavailable(
+                f"NVSHMEM did not take a kernel that puts (status {status}); the wheels nvidia-nvshmem and "
+                "nvshmem4py may be of different versions: pip install -U both"
+            )
+        self._libraries[int(library.handle)] = library
+
+    def forget(self, library: ObjectCode) -> None:
+        """None of its kernels may be under way."""
+        self._nvshmem.culibrary_finalize(int(library.handle))
+        del self._libraries[int(library.handle)]
 
     def is_mapped(self, pe: int) -> bool:
         """Whether plain loads and stores reach the memory of ``pe``."""
@@ -223,8 +245,3 @@ def _zero(address: int, num_bytes: int) -> None:
         (status,) = driver.cuCtxSynchronize()
     if status:
         raise NvrarError(f"zeroing symmetric memory failed: {status!r}")
-
-
-def initialise_library(handle: int) -> None:
-    """Tells a loaded kernel library where NVSHMEM's device state is. Needed once a library that puts."""
-    _bindings().culibrary_init(handle)
