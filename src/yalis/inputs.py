@@ -20,8 +20,6 @@ from yalis.attention import AttentionMetadata
 from yalis.core import Batch, NewBlocks
 from yalis.staging import Staging
 
-Ints = NDArray[np.int32]
-
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -48,11 +46,10 @@ class Uploaded:
     query_starts: Tensor
     seq_lens: Tensor
     cache_indices: Tensor
-    token_ids: (
-        Tensor | None
-    )  # of each new token, -1 for the last that its slot drew; None: all are that
-    drawing_rows: Tensor | None  # of the new tokens; None when every one draws
     drawing_slots: Tensor
+    # Of each new token, -1 for the last that its slot drew; None: all are that.
+    token_ids: Tensor | None = None
+    drawing_rows: Tensor | None = None  # of the new tokens; None when every one draws
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,6 @@ class InputPreparer:
             positions = np.arange(query_starts[-1]) + (num_cached - query_starts[:-1])[seq]
         blocks = self._tables[slots[seq], positions // self._block_size]
         places = blocks * self._block_size + positions % self._block_size
-        token_ids = drawing_rows = np.empty(0, np.int32)
         drawing_slots = slots[is_drawing]
         if are_chunks:
             token_ids = np.array((-1,) * batch.num_decodes + batch.token_ids, np.int32)
@@ -129,19 +125,16 @@ class InputPreparer:
             token_ids = _padded(token_ids, shape.num_tokens, 0)
             drawing_rows = _padded(drawing_rows, shape.num_seqs, 0)
             drawing_slots = _padded(drawing_slots, shape.num_seqs, self._padding_slot)
-        parts = [
-            slots, positions, query_starts, seq_lens, places, token_ids, drawing_rows, drawing_slots,
-        ]  # fmt: skip
-        (
-            slots_,
-            positions_,
-            starts_,
-            lens_,
-            places_,
-            tokens_,
-            rows_,
-            drawing_,
-        ) = self._staging.upload(parts)
+        arrays = {
+            "slots": slots,
+            "positions": positions,
+            "query_starts": query_starts,
+            "seq_lens": seq_lens,
+            "cache_indices": places,
+            "drawing_slots": drawing_slots,
+        }
+        if are_chunks:
+            arrays |= {"token_ids": token_ids, "drawing_rows": drawing_rows}
         num_decodes, max_query_len = batch.num_decodes, int(num_new.max())
         if shape:
             num_decodes = 0 if are_chunks else shape.num_seqs
@@ -150,14 +143,7 @@ class InputPreparer:
             num_decodes=num_decodes,
             max_query_len=max_query_len,
             max_seq_len=self._max_model_len if shape else int(seq_lens.max()),
-            slots=slots_,
-            positions=positions_,
-            query_starts=starts_,
-            seq_lens=lens_,
-            cache_indices=places_,
-            token_ids=tokens_ if are_chunks else None,
-            drawing_rows=rows_ if are_chunks else None,
-            drawing_slots=drawing_,
+            **dict(zip(arrays, self._staging.upload([*arrays.values()]), strict=True)),
         )
 
     def assemble(self, uploaded: Uploaded) -> StepInputs:

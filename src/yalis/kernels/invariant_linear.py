@@ -29,7 +29,6 @@ class Tile:
     num_in: int
     num_warps: int
     num_stages: int
-    num_early: int = 0  # inputs whose weights go to the L2 cache while the kernel before still runs
 
 
 def choose_tile(num_rows: int, *, is_gated: bool = False) -> Tile:
@@ -74,8 +73,7 @@ def _launch(
         x, weight, bias if bias is not None else weight, out,
         num_rows, num_out, x.stride(0), weight.stride(0),
         NUM_IN=num_in, BLOCK_OUT=tile.num_out, BLOCK_ROWS=tile.num_rows, BLOCK_IN=tile.num_in,
-        NUM_STAGES=tile.num_stages, NUM_EARLY=min(tile.num_early, num_in) // 512 * 512,
-        HAS_BIAS=bias is not None, IS_GATED=is_gated,
+        NUM_STAGES=tile.num_stages, HAS_BIAS=bias is not None, IS_GATED=is_gated,
         num_warps=tile.num_warps, **launch_options(x.device),
     )  # fmt: skip
     return out
@@ -90,24 +88,12 @@ def _tile_of(at, k, NUM_IN: tl.constexpr, BLOCK_IN: tl.constexpr, AXIS: tl.const
     return tl.load(at + k, mask=inner, other=0.0)
 
 
-@triton.jit
-def _prefetch(rows, NUM_IN: tl.constexpr):
-    """Bring the first NUM_IN 16-bit values behind each of these pointers into the L2 cache."""
-    PIECE: tl.constexpr = 512
-    for start in tl.static_range(0, NUM_IN, PIECE):
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;",
-            "=r,l", [rows + start], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
 # One row is no special case: as a constant it costs x its pipeline, and a quarter of the speed.
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x, weight, bias, out, num_rows, num_out, x_stride, weight_stride,
     NUM_IN: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_IN: tl.constexpr,
-    NUM_STAGES: tl.constexpr, NUM_EARLY: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr,
-    PDL: tl.constexpr,
+    NUM_STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, IS_GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Programs that run together share rows of W, then rows of x: eight tiles of rows, then the next outputs.
     num_row_tiles = tl.cdiv(num_rows, BLOCK_ROWS)
@@ -127,14 +113,9 @@ def _linear_kernel(
     x_row = tl.minimum(row, num_rows - 1).to(tl.int64) * x_stride
     w_at = weight + weight_row[:, None] + inner[None, :]
     x_at = x + x_row[None, :] + inner[:, None]
-    up_rows = tl.cast(num_out, tl.int64) * weight_stride
-    up_at = w_at + up_rows
+    up_at = w_at + tl.cast(num_out, tl.int64) * weight_stride
 
     # The last tile of W is fetched before the wait; the others are pipelined behind it, from the L2 cache.
-    if PDL and NUM_EARLY:
-        _prefetch(weight + weight_row, NUM_EARLY)
-        if IS_GATED:
-            _prefetch(weight + up_rows + weight_row, NUM_EARLY)
     LAST: tl.constexpr = (NUM_IN - 1) // BLOCK_IN * BLOCK_IN
     last_w = _tile_of(w_at, LAST, NUM_IN, BLOCK_IN, 0)
     if IS_GATED:
