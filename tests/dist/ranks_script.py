@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -14,7 +15,7 @@ import torch._inductor.config
 import torch.distributed as dist
 
 import nvrar
-from nvrar.gpu import jit
+from nvrar.gpu import heap, jit
 from nvrar.gpu.includes import CompileError
 from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
@@ -360,6 +361,22 @@ def check_memory() -> None:
         more, now, left = used()
         assert more - host < 4 << 20, (host, more)
         assert (now, left) == (allocated, free)
+
+
+def check_successors() -> None:
+    """Communicators that come and go leave no memory behind, nor kernels that NVSHMEM still writes to."""
+    x = torch.full((500,), 2.0, device=DEVICE)
+    free = []
+    for i in range(20):
+        with communicator(plan=("one-shot", "two-shot")[i % 2], max_bytes=4096) as comm:
+            assert (comm.all_reduce(x) == 2 * dist.get_world_size()).all()
+            comm.check()
+        del comm
+        gc.collect()
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[9] - free[-1] < 4 << 20, free
+    assert not heap.open_heap("", 1.0)._libraries
 
 
 def check_late() -> None:

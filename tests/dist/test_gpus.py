@@ -11,7 +11,7 @@ import gpus
 import pytest
 
 CHECKS = ["bits", "layouts", "graphs", "norm", "storm", "streams", "groups"]
-CHECKS += ["foreign_nvshmem", "memory", "late", "mismatch"]
+CHECKS += ["foreign_nvshmem", "memory", "successors", "late", "mismatch"]
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.skipif(bool(gpus.WHY_NO_RANKS), reason=gpus.WHY_NO_RANKS),
