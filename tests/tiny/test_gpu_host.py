@@ -11,12 +11,14 @@ from torch import nn
 
 from nvrar import gpu
 from nvrar.cost import machine_named
+from nvrar.errors import ArgumentError
 from nvrar.gpu import kernel, links
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.calls import GpuCalls
 from nvrar.gpu.executor import GpuExecutor
-from nvrar.gpu.layout import Rows
+from nvrar.gpu.layout import LL128, Rows
 from nvrar.gpu.links import Device
+from nvrar.gpu.virtual import VirtualCluster
 from nvrar.plan import Plan
 from nvrar.rms_norm import add_rms_norm
 from nvrar.topology import Topology
@@ -233,6 +235,25 @@ def test_which_rows_a_kernel_takes(make_calls) -> None:
     assert not takes(2, 9)
     assert takes(1, 1 << 15)
     assert not takes(1, (1 << 15) + 8)
+
+
+def test_rows_are_loaded_before_the_call() -> None:
+    """CUDA loads lazily: a kernel is on the GPU once it was asked how many of its blocks fit."""
+    made, asked = object.__new__(GpuExecutor), []
+    made._function = lambda *which, **how: SimpleNamespace(resident_blocks=asked.append)
+    made.load_rows(torch.bfloat16, Algorithm(Plan(()), LL128))
+    assert asked == [32]
+
+
+def test_more_virtual_ranks_than_a_gpu_holds_are_refused() -> None:
+    made = object.__new__(VirtualCluster)
+    made.num_ranks, made._num_processors = 100, 14
+    room = made._room(SimpleNamespace(resident_blocks=lambda threads, shared: 2048 // threads))
+    assert room.most_blocks(128) == 1
+    with pytest.raises(
+        ArgumentError, match=r"100 virtual ranks need a block of 512 threads.* 56 at"
+    ):
+        room.most_blocks(512)
 
 
 def test_a_negated_view_is_reduced_by_what_it_shows(make_calls) -> None:

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from nvrar.gpu import jit, kernel, layout
+from nvrar.gpu import includes, jit, kernel, layout
 from nvrar.gpu.heap import first_gap
 from nvrar.gpu.layout import FORMATS, LL, LL128
 from nvrar.plan import PLAN_NAMES, Plan
@@ -114,6 +114,13 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(monkeypatch, caplog
     for packets in FORMATS.values():
         assert jit.cubin(spec("exchange:2", packets))
     assert caplog.text.count("NVRAR_CACHE_DIR") == 1  # a communicator has tens of kernels
+
+
+def test_a_machine_without_headers_is_told_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(includes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(jit.CompileError, match=r"/nowhere/include.*pip install.*CUDA_HOME"):
+        jit.cubin(spec("exchange:2"))
 
 
 def test_a_compiler_error_shows_its_log(monkeypatch):

@@ -187,7 +187,8 @@ class GpuExecutor:
 
     def load_rows(self, dtype: torch.dtype, algorithm: Algorithm) -> None:
         """Compiles and loads what :meth:`prepare_rows` would. Local."""
-        self._function(algorithm, dtype, "sum", rows=True)
+        # CUDA may put the loading off to the first question or launch, and then wait for all streams.
+        self._function(algorithm, dtype, "sum", rows=True).resident_blocks(32)
 
     def _args(
         self, algorithm: Algorithm, text: str

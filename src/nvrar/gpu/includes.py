@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,11 +17,7 @@ class CompileError(GpuUnavailable):
 
 def cuda_includes() -> list[Path]:
     """The CUDA headers and those of libcu++: from the wheels, else from a toolkit."""
-    import nvidia
-
-    roots = [
-        Path(p) / sub for p in nvidia.__path__ for sub in ("cu13", "cuda_runtime", "cuda_cccl")
-    ]
+    roots = [w / sub for w in _wheels() for sub in ("cu13", "cuda_runtime", "cuda_cccl")]
     roots += [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
     folders = [root / "include" for root in roots]
     folders += [folder / "cccl" for folder in folders]
@@ -37,11 +34,15 @@ def cuda_includes() -> list[Path]:
     return list(dict.fromkeys(f for f in found if f is not None))
 
 
-def nvshmem_folder() -> Path:
-    import nvidia
+def _wheels() -> list[Path]:
+    """The folders of NVIDIA's wheels; none where all of CUDA is a toolkit's."""
+    found = importlib.util.find_spec("nvidia")
+    return [] if found is None else [Path(p) for p in found.submodule_search_locations or ()]
 
-    for root in nvidia.__path__:
-        folder = Path(root) / "nvshmem"
+
+def nvshmem_folder() -> Path:
+    for root in _wheels():
+        folder = root / "nvshmem"
         if (folder / "lib" / "libnvshmem_device.a").exists():
             return folder
     raise CompileError(

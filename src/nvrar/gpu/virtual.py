@@ -108,8 +108,13 @@ class VirtualCluster:
     def _room(self, function: kernel.Function, shared_bytes: int = 0) -> Room:
         # All blocks of all ranks must be on the device at once: they wait for each other.
         def resident(threads: int) -> int:
-            blocks = function.resident_blocks(threads, shared_bytes)
-            return blocks * self._num_processors // self.num_ranks
+            blocks = function.resident_blocks(threads, shared_bytes) * self._num_processors
+            if blocks < self.num_ranks:
+                raise ArgumentError(
+                    f"{self.num_ranks} virtual ranks need a block of {threads} threads each, and this GPU "
+                    f"holds {blocks} at once; take fewer ranks or a smaller message"
+                )
+            return blocks // self.num_ranks
 
         return Room(resident)
 
