@@ -113,34 +113,34 @@ class Engine:
         RequestError when it could never fit the cache; the others are unharmed.
         """
         self.check(request)
-        with self._used():
-            return self._add(request, is_streamed)
-
-    def _add(self, request: Request, is_streamed: bool) -> int:
         max_len, params = self._max_len(request), request.params
-        request_id = self._num_requests
-        self._num_requests += 1
-        seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
         ends = () if params.ignore_eos else self._eos_token_ids
-        sequences = [
-            Sequence(
-                request_id=request_id,
-                index=index,
-                prompt_token_ids=request.token_ids,
-                params=params,
-                seed=seed + index,
-                max_len=max_len,
-                end_token_ids=(*ends, *params.stop_token_ids),
+        with self._used():
+            request_id = self._num_requests
+            self._num_requests += 1
+            seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
+            sequences = [
+                Sequence(
+                    request_id=request_id,
+                    index=index,
+                    prompt_token_ids=request.token_ids,
+                    params=params,
+                    seed=seed + index,
+                    max_len=max_len,
+                    end_token_ids=(*ends, *params.stop_token_ids),
+                )
+                for index in range(params.n)
+            ]
+            self._live[request_id] = _Live(
+                request,
+                [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences],
+                is_streamed,
+                time.monotonic(),
+                num_unfinished=params.n,
             )
-            for index in range(params.n)
-        ]
-        completions = [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences]
-        self._live[request_id] = _Live(
-            request, completions, is_streamed, time.monotonic(), num_unfinished=params.n
-        )
-        for sequence in sequences:
-            self._scheduler.add(sequence)
-        return request_id
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+            return request_id
 
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Stop a request: what it has so far, or None when it is not under way. No update follows."""
