@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emulated import EmulatedCluster
 from nvrar.gpu.kernel import OTHER_CALL, PEER_MISSING
-from nvrar.gpu.layout import LL, LL128, Format, LaunchShape
+from nvrar.gpu.layout import LL, LL128, Format, LaunchShape, Rows
 from nvrar.plan import Plan
 from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
@@ -194,3 +194,44 @@ def test_rows_of_a_peer_that_does_not_come() -> None:
     assert ranks.failure[:, 0].tolist() == [PEER_MISSING, 0]
     assert xs[0].isnan().all()
     assert residuals[0].isnan().all()
+
+
+@pytest.mark.parametrize("launch", [(1, 64, 1), (2, 32, 2), (2, 32, 1)])
+@pytest.mark.parametrize("packets", [LL, LL128], ids=lambda packets: packets.name)
+def test_rows_of_which_one_packet_does_not_come(
+    packets: Format, launch: tuple[int, int, int]
+) -> None:
+    """Whichever it is, the launch ends, tells of it, and each row is NaN or right. What splits leave behind a
+    row's end is sent too: where that alone is missing the row is whole, and warps that are through with it
+    must find the others in the next."""
+    if packets is LL:
+        launch = (launch[0], 96, 1)
+    ranks = cluster("split:2", "", BF16, max_bytes=1 << 15, budget_s=0.05)
+    hidden = (
+        3 * LL128.data_bytes // 2
+    )  # two units of LL128 in each of two parts, of which the last is empty
+    given = [x.view(2, hidden) for x in inputs_of(4, 2 * hidden, BF16, seed=0)]
+    tensors, weight = [x.clone() for x in given], torch.rand(hidden).to(BF16)
+    call = ranks.prepare_rows(tensors[:2], tensors[2:], weight, 1e-5, packets, LaunchShape(*launch))
+    ranks.run(call)
+    ranks.check()
+    wanted, sent = [tensors[0].clone(), tensors[2].clone()], ranks.heap.clone()
+    num_units = 2 * Rows(2, 2 * hidden).units_of_row(ranks.plan, packets)
+    region = 0 if packets is LL else 4 * ranks._room["LL"]
+    for area in (1, 3):  # what rank 1 sent to be reduced, and what it had gathered
+        for unit in range(0, num_units, max(1, num_units // 6)):
+            for tensor, before in zip(tensors, given, strict=True):
+                tensor.copy_(before)
+            ranks.heap.copy_(sent)
+            start = region + (area * num_units + unit) * packets.slot_bytes
+            ranks.heap[0, start : start + packets.slot_bytes] = 0
+            ranks.control[0] = torch.tensor([2, 0, 0, 0])
+            ranks.failure.zero_()
+            ranks.run_apart([[call], [None]])
+            assert ranks.failure[:, 0].tolist() == [PEER_MISSING, 0]
+            for found, want in ((tensors[0], wanted[0]), (tensors[2], wanted[1])):
+                for row in range(2):
+                    assert found[row].isnan().all() or same_bits(found[row], want[row]), (
+                        area,
+                        unit,
+                    )

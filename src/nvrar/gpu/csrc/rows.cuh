@@ -128,7 +128,8 @@ class Rows {
         return !failed;
     }
 
-    // For a unit whose sum did not come, in the place of `store`.
+    // For a unit whose sum did not come, in the place of `store`. If of its parts only such did not come as lie
+    // behind the row's end, the row is whole, and others may be through with it: what was told stays.
     void tell_failure(int part, u32 unit) {
         if constexpr (kIsChunk) tell(part, unit, 0, true);
     }
@@ -182,6 +183,10 @@ class Rows {
         const u32 chunk = part * units + unit - row_ * units;
         // Of a unit behind the row's end nobody waits for the mark, so a member may have left before it came.
         if (Plan::kParts > 1 && chunk >= num_chunks()) return;
+        if (failed) {  // each mark is told once a turn, so that all who read it go the same way
+            const u32 tag = u32(Team::load(marks() + chunk) >> 32);
+            if (__shfl_sync(~0u, tag, Team::rank()) == turn_) return;  // this lane stored it here
+        }
         const u64 mark = u64(turn_ | (failed ? kFailed : 0)) << 32 | __float_as_uint(squares);
         if (lane < Team::size()) Team::store(lane, marks() + chunk, mark);
     }
@@ -269,8 +274,6 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
         tensor.next_turn();
     }
     column.leave_word();
-    // All teammates with a unit fail at the same row. None may leave while marks of it are told anew.
-    if (Tensor::kIsChunk && row < rows && Team::size() > 1) Team::meet();
     // Nothing that looks like a result may stand where the result is not to be had.
 #pragma unroll 1
     for (; row < rows; row += row_step)
