@@ -128,8 +128,8 @@ class Rows {
         return !failed;
     }
 
-    // For a unit whose sum did not come, in the place of `store`. If of its parts only such did not come as lie
-    // behind the row's end, the row is whole, and others may be through with it: what was told stays.
+    // For a unit whose sum did not come, in the place of `store`. If of its parts only such did not come as
+    // lie behind the row's end, the row is whole, and others may be through with it: what was told stays.
     void tell_failure(int part, u32 unit) {
         if constexpr (kIsChunk) tell(part, unit, 0, true);
     }
