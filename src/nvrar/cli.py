@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, console))
     except NvrarError as error:
         return complain(error)
+    except OSError as error:  # the system refuses: no room for temporary files, no more processes
+        return complain(NvrarError(str(error)))
     except KeyboardInterrupt:
         return 130
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -106,6 +107,23 @@ def test_the_command_starts_its_workers_and_writes_all_it_knows(tmp_path: Path) 
     assert (ours[6144]["executor"], ours[6144]["plan"]) == ("torch.distributed", None)
     assert list(ours[6144]["fallbacks"].values()) == [4]
     assert "<svg" in (out / "bench.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", ["bench --json x.json --iterations 1 --rounds 1", "tune --budget 5 --output x.json"]
+)
+def test_what_was_measured_is_shown_even_where_it_cannot_be_written(
+    command: str, tmp_path: Path
+) -> None:
+    done = nvrar(
+        *command.split(), "--device=cpu", "--nodes=1", "--ranks-per-node=2", "--sizes=1K",
+        cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)),
+    )  # fmt: skip
+    assert "1 KiB" in done.stdout
+    assert "written to" not in done.stdout
+    assert done.stderr.splitlines()[-1] == "nvrar: x.json cannot be written: File too large"
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
 
 
 def test_the_command_joins_torchrun_and_only_one_rank_complains() -> None:

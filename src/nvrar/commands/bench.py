@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from nvrar.bench import Measurement, measure, num_steps
 from nvrar.commands import ranks
-from nvrar.commands.common import Subparsers, add_layout
+from nvrar.commands.common import Subparsers, add_layout, writing
 from nvrar.commands.progress import Progress
 from nvrar.commands.request import Request, add_options
 from nvrar.commands.virtual import run_virtual
@@ -101,13 +101,17 @@ def _bench(
             group, topology, entrants, request.sizes, settings, request.machine, progress.step
         )
     if group.rank() == 0:
-        _write(measurements, about, request)
-        for timing in settings.timings:
+        for timing in settings.timings:  # first: a disk may be full
             console.print(table(of_timing(measurements, timing), about, options.predict))
+        _write(measurements, about, request)
 
 
 def _write(measurements: Sequence[Measurement], about: Mapping[str, Any], request: Request) -> None:
     if request.rows_path:
-        write_rows(rows(measurements, about), request.rows_path)
+        with writing(request.rows_path):
+            write_rows(rows(measurements, about), request.rows_path)
     if request.picture_path:
-        picture(of_timing(measurements, request.settings.timings[0]), about, request.picture_path)
+        with writing(request.picture_path):
+            picture(
+                of_timing(measurements, request.settings.timings[0]), about, request.picture_path
+            )

@@ -6,7 +6,8 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -94,6 +95,15 @@ def machine_from(text: str | None, executor: str) -> Machine:
     if not described.lstrip().startswith("{"):
         raise ArgumentError(f"{text} does not hold a JSON object that describes a machine")
     return Machine.parse(described)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What is done inside writes ``path``; where the system refuses (a full disk), NvrarError says which."""
+    try:
+        yield
+    except OSError as error:
+        raise NvrarError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def exit_code(error: NvrarError) -> int:

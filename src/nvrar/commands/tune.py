@@ -20,11 +20,11 @@ from torch.distributed import ProcessGroup
 from nvrar import gpu, tables
 from nvrar.bench import Settings
 from nvrar.commands import ranks
-from nvrar.commands.common import Subparsers, add_layout, count, machine_from
+from nvrar.commands.common import Subparsers, add_layout, count, machine_from, writing
 from nvrar.commands.progress import Progress
 from nvrar.commands.request import DTYPE_NAMES, add_sizes, read_sizes
 from nvrar.cost import Machine
-from nvrar.errors import ArgumentError
+from nvrar.errors import ArgumentError, NvrarError
 from nvrar.gpu.jit import TYPES
 from nvrar.lab import HostLab
 from nvrar.launch import seat
@@ -180,7 +180,7 @@ def _tune(
     is_first = group.rank() == 0
     steps = len(request.settings) * len(request.sizes)
     budget_s = options.budget / len(request.settings)
-    made = []
+    made: list[tuple[Table, NvrarError | None]] = []  # and why it was not kept
     with Progress(steps, is_first) as progress:
         for settings in request.settings:
             about = provenance(group, topology, settings, _shareable(options), request.machine)
@@ -195,13 +195,25 @@ def _tune(
                     progress.step,
                 )
             if is_first:  # at once: what is measured is kept even if a later type fails
-                tables.write(table, request.path_of(table))
-            made.append(table)
-    if is_first:
-        for table in made:
-            console.print(_outcome(table))
-            _say_what_is_missing(table, request.sizes, console)
+                made.append((table, _keep(table, request.path_of(table))))
+    for table, problem in made:
+        console.print(_outcome(table))
+        _say_what_is_missing(table, request.sizes, console)
+        if problem is None:
             console.print(f"written to {request.path_of(table)}", soft_wrap=True)
+    for _, problem in made:
+        if problem is not None:
+            raise problem
+
+
+def _keep(table: Table, path: Path) -> NvrarError | None:
+    """Writes the table; what kept it from that, once all that was measured has been shown."""
+    try:
+        with writing(path):
+            tables.write(table, path)
+    except NvrarError as error:
+        return error
+    return None
 
 
 def _lab(
