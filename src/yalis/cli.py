@@ -13,13 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nvrar import NvrarError, __version__
-from nvrar.commands.common import Parser, count
+from nvrar.commands.common import Parser, count, writing
 from yalis.commands import bench
-from yalis.commands.common import ALL_REDUCE_HELP, add_model_options, is_first_rank, make_llm
-from yalis.config import DTYPES
+from yalis.commands.common import add_model_options, is_first_rank, make_llm
+from yalis.config import DTYPES, ModelConfig
 from yalis.errors import ConfigError, WorkerError, YalisError
 from yalis.outputs import RequestOutput
-from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.progress import TerminalProgress
 from yalis.sampling_params import SamplingParams
 from yalis.testing import make_checkpoint
@@ -53,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if Path(args.model).is_dir() and not Tokenizer.exists(args.model):  # before loading takes long
+    ModelConfig.from_folder(args.model)  # a folder of something else is told so first
+    if not Tokenizer.exists(args.model):  # before loading takes long
         raise ConfigError(
             f"{args.model}/tokenizer.json is missing, and prompts are texts; add it, or give token ids to "
             "LLM.generate, or measure with yalis bench, which draws its own"
@@ -100,20 +100,21 @@ def _make_checkpoint(args: argparse.Namespace) -> None:
     folder = Path(args.path)
     _check_folder(folder)
     _check_heads(args)
-    make_checkpoint(
-        folder,
-        num_shards=args.shards,
-        seed=args.seed,
-        dtype=args.dtype,
-        num_hidden_layers=args.layers,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size or args.hidden_size * 11 // 4,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads or args.heads,
-        vocab_size=args.vocab,
-        max_position_embeddings=args.max_positions,
-        tie_word_embeddings=args.tie,
-    )
+    with writing(folder):
+        make_checkpoint(
+            folder,
+            num_shards=args.shards,
+            seed=args.seed,
+            dtype=args.dtype,
+            num_hidden_layers=args.layers,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size or args.hidden_size * 11 // 4,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads or args.heads,
+            vocab_size=args.vocab,
+            max_position_embeddings=args.max_positions,
+            tie_word_embeddings=args.tie,
+        )
     print(folder)
 
 
@@ -141,28 +142,23 @@ def _check_heads(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="yalis", description=__doc__)
+    parser = Parser(
+        prog="yalis", description="A small LLM inference engine with tensor parallelism."
+    )
     parser.add_argument("--version", action="version", version=f"yalis {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = Parser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="log, and show errors in full")
 
     text = "continue prompts with a model"
     generate = commands.add_parser("generate", parents=[common], help=text, description=text)
     generate.set_defaults(run=_generate)
-    add = generate.add_argument
-    add_model_options(generate)
+    add = generate.add_argument_group("the text").add_argument
     add("--prompt", action="append", required=True, help="text to continue; may be given again")
-    add(
-        "--all-reduce",
-        choices=ALL_REDUCES,
-        default="nvrar",
-        metavar="NAME",
-        help=f"{ALL_REDUCE_HELP} (default: nvrar)",
-    )
     add("--n", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)")
     add("--max-tokens", type=int, default=64, metavar="N", help="of each output (default: 64)")
-    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    text = "0 (the default) is greedy"
+    add("--temperature", type=float, default=0.0, metavar="T", help=text)
     add(
         "--top-k",
         type=int,
@@ -185,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--ignore-eos", action="store_true", help="go on after the model's end token")
     add("--json", action="store_true", help="one JSON object a line instead of text")
+    add_model_options(generate)
 
     bench.add(commands, common)
 

@@ -95,11 +95,13 @@ def test_generate_prints_text_that_cannot_steer_the_terminal(
             ["generate", LARGE, "--load-format", "dummy", "--prompt", "x"],
             "tokenizer.json is missing",
         ),
+        (["generate", "/usr", "--prompt", "x"], "/usr/config.json is missing"),
         (["generate", "MODEL", "--prompt", ""], "prompt 0 is empty"),
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
         (["generate", "MODEL", "--prompt", "x", "--tensor-parallel-size", "3"], "does not divide"),
         (["generate", "MODEL", "--prompt", "x", "--dtype", "int8"], "dtype is 'int8'"),
         (["make-checkpoint", "MODEL"], "is not empty"),
+        (["make-checkpoint", "/proc/new"], "/proc/new cannot be written: No such file"),
         (["make-checkpoint", "MODEL/new", "--heads", "3"], "--hidden-size 128 over --heads 3"),
         (["make-checkpoint", "MODEL/new", "--hidden-size", "24"], "give a multiple of 16"),
         (

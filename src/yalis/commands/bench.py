@@ -25,13 +25,12 @@ import torch.distributed as dist
 
 import nvrar
 from nvrar import record
-from nvrar.commands.common import Parser, at_least, count
+from nvrar.commands.common import Parser, at_least, count, writing
 from yalis.bench import Run, Workload, percentile, run
-from yalis.commands.common import ALL_REDUCE_HELP, add_model_options, is_first_rank, make_llm
+from yalis.commands.common import add_model_options, is_first_rank, make_llm
 from yalis.device import device_type
 from yalis.errors import ConfigError
 from yalis.llm import LLM
-from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.parallel.launcher import detect
 from yalis.progress import TerminalProgress
 from yalis.roofline import Work, measured_read_gbps
@@ -46,17 +45,18 @@ def add(commands: Subparsers, common: Parser) -> None:
         required=True, metavar="KIND"
     )
     text = "time to the first token and between tokens, for requests that arrive together"
-    latency = _add_kind(kinds, "latency", text, _latency, common)
-    add = latency.add_argument
+    group = _add_kind(kinds, "latency", text, _latency, common)
+    add = group.add_argument
     add("--batch-size", type=count, action="append", metavar="N", help="default 1; again for more")
     add("--prompt-len", type=count, default=128, metavar="N", help="tokens (default: 128)")
     add("--output-len", type=count, default=128, metavar="N", help="tokens (default: 128)")
     add("--iterations", type=count, default=3, metavar="N", help="runs of each (default: 3)")
     add("--memory-gbps", type=_speed, metavar="GB/s", help="to compare with (default: measured)")
+    _add_shared(group)
 
     text = "tokens a second, for many requests of random lengths"
-    throughput = _add_kind(kinds, "throughput", text, _throughput, common)
-    add = throughput.add_argument
+    group = _add_kind(kinds, "throughput", text, _throughput, common)
+    add = group.add_argument
     add("--num-prompts", type=count, default=256, metavar="N", help="requests (default: 256)")
     add("--prompt-len", type=count, default=512, metavar="N", help="mean tokens (default: 512)")
     add("--output-len", type=count, default=128, metavar="N", help="mean tokens (default: 128)")
@@ -68,6 +68,7 @@ def add(commands: Subparsers, common: Parser) -> None:
         help="lengths spread by this share of the mean (default: 0.5)",
     )
     add("--iterations", type=count, default=1, metavar="N", help="runs of each (default: 1)")
+    _add_shared(group)
 
 
 def _add_kind(
@@ -76,18 +77,17 @@ def _add_kind(
     text: str,
     measure: Callable[[argparse.Namespace, LLM], Iterator[Row]],
     common: Parser,
-) -> Parser:
+) -> argparse._ArgumentGroup:
+    """The group of what is measured, for the options that this kind alone has."""
     parser: Parser = kinds.add_parser(name, parents=[common], help=text, description=text)
     parser.set_defaults(run=_run, measure=measure, kind=name)
-    add_model_options(parser, load_format="dummy")
-    add = parser.add_argument
-    add(
-        "--all-reduce",
-        choices=ALL_REDUCES,
-        action="append",
-        metavar="NAME",
-        help=f"{ALL_REDUCE_HELP}; again for more, in turns (default: nvrar)",
-    )
+    group = parser.add_argument_group("what is measured")
+    add_model_options(parser, load_format="dummy", compares=True)
+    return group
+
+
+def _add_shared(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     text = "most sequences in a step (default: 256)"
     add("--max-num-seqs", type=count, default=256, metavar="N", help=text)
     text = "most tokens in a step (default: 8192)"
@@ -95,7 +95,6 @@ def _add_kind(
     text = "runs before those that count (default: 1)"
     add("--warmup", type=at_least(0), default=1, metavar="N", help=text)
     add("--json", type=Path, metavar="FILE", help="write a JSON object a line, with provenance")
-    return parser
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -126,7 +125,8 @@ def _run(args: argparse.Namespace) -> None:
     for row in rows:
         print(_line(row))
     if args.json:
-        record.write_rows(iter(rows), args.json)
+        with writing(args.json):
+            record.write_rows(iter(rows), args.json)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -5,47 +5,25 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from nvrar.commands.common import count
 from nvrar.plan import PLAN_NAMES
 from nvrar.units import parse_size
 from yalis.llm import LLM
 from yalis.options import DEVICES, LOAD_FORMATS
+from yalis.parallel.all_reduce import ALL_REDUCES
 from yalis.parallel.launcher import detect
 from yalis.weights.loader import Progress
 
-ALL_REDUCE_HELP = (
-    "what sums over the ranks: nvrar; torch, which is gloo or NCCL; or on GPUs of one node torch's "
-    "symm-one-shot or symm-two-shot"
-)
 
-
-def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "auto") -> None:
-    """All but `--all-reduce`, which commands ask for in their own way."""
-    add = parser.add_argument
-    add("model", help="folder of a checkpoint in the Hugging Face layout")
-    add(
-        "--tensor-parallel-size",
-        type=count,
-        metavar="N",
-        help="ranks (default: the launcher's, or 1)",
-    )
-    add(
-        "--num-nodes",
-        type=count,
-        default=1,
-        metavar="N",
-        help="nodes that local ranks play; leave it out under a launcher, where nvrar finds out who "
-        "shares one (default: 1)",
-    )
-    add(
-        "--all-reduce-plan",
-        default="auto",
-        metavar="WORD",
-        help=f"of nvrar, for all sizes: {', '.join(PLAN_NAMES)}, or levels such as "
-        '"split:2 exchange:2", as nvrar plan shows them (default: auto, which chooses for each size)',
-    )
-    add("--seed", type=int, default=0, help="of the draws, and of dummy weights (default: 0)")
+def add_model_options(
+    parser: argparse.ArgumentParser, *, load_format: str = "auto", compares: bool = False
+) -> None:
+    """`compares`: `--all-reduce` may be given several times, and is a list or None."""
+    parser.add_argument("model", help="folder of a checkpoint in the Hugging Face layout")
+    _add_ranks(parser, compares)
+    add = parser.add_argument_group("the model").add_argument
     add(
         "--dtype",
         default="auto",
@@ -82,6 +60,42 @@ def add_model_options(parser: argparse.ArgumentParser, *, load_format: str = "au
         "--batch-invariant",
         action="store_true",
         help="a request's tokens do not depend on what runs beside it; slower",
+    )
+    add("--seed", type=int, default=0, help="of the draws, and of dummy weights (default: 0)")
+
+
+def _add_ranks(parser: argparse.ArgumentParser, compares: bool) -> None:
+    add = parser.add_argument_group("the ranks").add_argument
+    add(
+        "--tensor-parallel-size",
+        type=count,
+        metavar="N",
+        help="ranks (default: the launcher's, or 1)",
+    )
+    add(
+        "--num-nodes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="nodes that local ranks play; leave it out under a launcher, where nvrar finds out who "
+        "shares one (default: 1)",
+    )
+    several: dict[str, Any] = {"action": "append"} if compares else {"default": "nvrar"}
+    add(
+        "--all-reduce",
+        **several,
+        choices=ALL_REDUCES,
+        metavar="NAME",
+        help="what sums over the ranks: nvrar; torch, which is gloo or NCCL; or on GPUs of one node "
+        f"torch's symm-one-shot or symm-two-shot{'; again for more, in turns' if compares else ''} "
+        "(default: nvrar)",
+    )
+    add(
+        "--all-reduce-plan",
+        default="auto",
+        metavar="WORD",
+        help=f"of nvrar, for all sizes: {', '.join(PLAN_NAMES)}, or levels such as "
+        '"split:2 exchange:2", as nvrar plan shows them (default: auto, which chooses for each size)',
     )
 
 
