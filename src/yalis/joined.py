@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-from collections import deque
-from typing import Any
 
 import torch.distributed as dist
 
 from nvrar.launch import Seat
 from yalis.config import ModelConfig
-from yalis.core import Batch, Request, StepResult
+from yalis.core import Request, StepResult
 from yalis.device import pick_device
-from yalis.drawing import PendingStep
 from yalis.errors import RequestError
+from yalis.local import LocalExecutor
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
-from yalis.runner import Runner
 from yalis.weights.loader import Progress
 
 
-class JoinedExecutor:
+class JoinedExecutor(LocalExecutor):
     """Every method is collective over the launcher's ranks. Joins torch's default group, or makes it."""
 
     def __init__(
@@ -37,14 +34,14 @@ class JoinedExecutor:
         place: Seat | None,
         on_progress: Progress | None,
     ) -> None:
-        self._device = pick_device(options.device, place.local_rank if place else dist.get_rank())
+        device = pick_device(options.device, place.local_rank if place else dist.get_rank())
         if not dist.is_initialized():
             assert place is not None  # somebody started this group
             # torchrun's agent hosts a store already; under srun, rank 0 does.
             store = None
             if not dist.is_torchelastic_launched():
                 store = open_store(place.host, place.port, is_host=place.rank == 0)
-            join_default_group(store, place.rank, place.world_size, self._device)
+            join_default_group(store, place.rank, place.world_size, device)
             # The group is the launcher's, not this engine's: another may follow in this process.
             atexit.register(_leave_default_group)
         # A group of our own, so that nobody else's collectives come between ours.
@@ -56,13 +53,7 @@ class JoinedExecutor:
             self._group, options.all_reduce, options.all_reduce_plan, nodes,
             is_batch_invariant=options.batch_invariant,
         )  # fmt: skip
-        self._runner = Runner(options, config, tp, self._device, on_progress)
-        self.depth = options.depth(is_asynchronous=self._device.type == "cuda")
-        self.num_blocks = self._runner.num_blocks
-        self._under_way: deque[PendingStep] = deque()
-
-    def submit(self, batch: Batch) -> None:
-        self._under_way.append(self._runner.execute(batch))
+        super().__init__(options, config, tp, device, on_progress)
 
     def result(self) -> StepResult:
         pending = self._under_way.popleft()
@@ -72,10 +63,6 @@ class JoinedExecutor:
         shared = [result.logprobs]  # every rank has the tokens; these only rank 0
         dist.broadcast_object_list(shared, group=self._group, group_src=0)
         return StepResult(result.token_ids, shared[0])
-
-    def drain(self) -> None:
-        while self._under_way:
-            self._under_way.popleft().wait()
 
     def agree(self, requests: list[Request]) -> None:
         digest = hashlib.sha256(repr(requests).encode()).digest()
@@ -88,15 +75,9 @@ class JoinedExecutor:
                 "a launched group runs the same generate"
             )
 
-    def use_all_reduce(self, name: str) -> None:
-        self._runner.use_all_reduce(name)
-
-    def describe_all_reduce(self) -> dict[str, Any]:
-        return self._runner.describe_all_reduce()
-
     def close(self) -> None:
         try:
-            self._runner.close()
+            super().close()
         finally:
             dist.destroy_process_group(self._group)
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computes batches in this process: one rank's runner, and its steps under way."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from yalis.config import ModelConfig
+from yalis.core import Batch, StepResult
+from yalis.drawing import PendingStep
+from yalis.engine import Executor
+from yalis.options import EngineOptions
+from yalis.parallel.group import TensorParallel
+from yalis.runner import Runner
+from yalis.weights.loader import Progress
+
+
+class LocalExecutor(Executor):
+    """On a CPU `submit` runs the step. With several ranks every method is collective, as the runner's are."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        config: ModelConfig,
+        tp: TensorParallel,
+        device: torch.device,
+        on_progress: Progress | None,
+    ) -> None:
+        self.runner = Runner(options, config, tp, device, on_progress)
+        self.depth = options.depth(is_asynchronous=device.type == "cuda")
+        self.num_blocks = self.runner.num_blocks
+        self._under_way: deque[PendingStep] = deque()
+
+    def submit(self, batch: Batch) -> None:
+        self._under_way.append(self.runner.execute(batch))
+
+    def result(self) -> StepResult:
+        return self._under_way.popleft().wait()
+
+    def drain(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().wait()
+
+    def use_all_reduce(self, name: str) -> None:
+        self.runner.use_all_reduce(name)
+
+    def describe_all_reduce(self) -> dict[str, Any]:
+        return self.runner.describe_all_reduce()
+
+    def close(self) -> None:
+        self.runner.close()
