@@ -84,6 +84,17 @@ def test_plan_ranks_by_predicted_time(capsys: pytest.CaptureFixture[str]) -> Non
         assert Plan.parse(row["plan"]).num_steps == row["steps"]
 
 
+def test_the_plans_of_two_large_nodes_fit_a_terminal_in_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVRAR_TUNE_TABLE", "off")
+    assert main(["plan", "--nodes", "2", "--ranks-per-node", "8", "--top", "38"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == 38
+    assert max(len(row) for row in rows) <= 80
+    assert any(row.startswith("│ split:8 exchange:2 (nvrar, direct)") for row in rows)
+
+
 def test_a_machine_may_be_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     described = json.dumps(
         {

@@ -45,13 +45,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
             console.print(Text(f"  {name:<22}{value}"), soft_wrap=True)
     measured = facts["tuning_table"]
     by = f"the model of {machine.name}" if measured is None else "what was measured (nvrar tune)"
-    table = Table(title=f"plan 'auto' on {topology} ranks, by {by}")
+    console.print(Text(f"plan 'auto' on {topology} ranks, by {by}", "bold"), soft_wrap=True)
+    table = Table()
     table.add_column("size", justify="right")
     table.add_column("plan")
-    for heading in ("predicted", "measured"):
+    headings = ("predicted",) if measured is None else ("predicted", "measured")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in facts["choices"]:
-        times = (row["predicted_us"], row["measured_us"])
+        times = (row[f"{heading}_us"] for heading in headings)
         cells = ("" if t is None else format_time(t) for t in times)
         table.add_row(format_size(row["num_bytes"]), row["plan"], *cells)
     console.print(table)

@@ -88,21 +88,24 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return 0
     table = Table(
         title=f"{len(rows)} of {len(ranked)} plans for {format_size(num_bytes)} on {topology} ranks",
-        caption=f"predicted for {machine.name}: {machine.source}" if machine.source else None,
+        caption="cross-node: what a rank sends to other nodes, on the wire"
+        + (f"\npredicted for {machine.name}: {machine.source}" if machine.source else ""),
     )
+    # As few columns as will do: a plan broken over lines of a narrow terminal reads as several.
     table.add_column("plan")
-    table.add_column("name")
-    for heading in ("predicted", "measured", "steps", "cross-node wire bytes a rank"):
+    headings = ("predicted", *(["measured"] if times_us else []), "steps", "cross-node")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(
-            row["plan"],
-            ", ".join(row["names"]),
-            format_time(row["predicted_us"]),
-            "" if row["measured_us"] is None else format_time(row["measured_us"]),
-            str(row["steps"]),
-            format_size(row["cross_node_bytes"]),
-        )
+        names = f" ({', '.join(row['names'])})" if row["names"] else ""
+        measured_us = row["measured_us"]
+        cells = {
+            "predicted": format_time(row["predicted_us"]),
+            "measured": "" if measured_us is None else format_time(measured_us),
+            "steps": str(row["steps"]),
+            "cross-node": format_size(row["cross_node_bytes"]),
+        }
+        table.add_row(row["plan"] + names, *(cells[heading] for heading in headings))
     console.print(table)
     if found is not None:
         told = "" if torch_us is None else f"; torch.distributed took {format_time(torch_us)}"
