@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Any
 
 from nvrar.errors import ArgumentError
-from nvrar.plan import Plan
+from nvrar.plan import Level, Plan
 from nvrar.topology import Topology
 
 
@@ -162,24 +162,27 @@ def level_costs(
     costs = []
     block = float(num_bytes)
     for level, stride in zip(plan.levels, plan.strides(), strict=True):
-        fewest, most = _remote_peers(
-            stride, level.radix, topology.num_nodes, topology.ranks_per_node
-        )
-        rounds, part = (2, block / level.radix) if level.mode == "split" else (1, block)
-        near = machine.node_local.time_us(level.radix - 1 - fewest, part)
-        far = machine.cross_node.time_us(most, part)
-        costs.append(
-            LevelCost(
-                str(level),
-                "cross-node" if most and far >= near else "node-local",
-                block,
-                rounds * max(near, far),
-                rounds * most * part * machine.cross_node.inflation,
-            )
-        )
+        costs.append(level_cost(level, stride, topology, block, machine))
         if level.mode == "split":
-            block = part
+            block /= level.radix
     return tuple(costs)
+
+
+def level_cost(
+    level: Level, stride: int, topology: Topology, block_bytes: float, machine: Machine
+) -> LevelCost:
+    """The cost of ``level`` where its members are ``stride`` apart and have ``block_bytes`` each."""
+    fewest, most = _remote_peers(stride, level.radix, topology.num_nodes, topology.ranks_per_node)
+    rounds, part = (2, block_bytes / level.radix) if level.mode == "split" else (1, block_bytes)
+    near = machine.node_local.time_us(level.radix - 1 - fewest, part)
+    far = machine.cross_node.time_us(most, part)
+    return LevelCost(
+        str(level),
+        "cross-node" if most and far >= near else "node-local",
+        block_bytes,
+        rounds * max(near, far),
+        rounds * most * part * machine.cross_node.inflation,
+    )
 
 
 def time_us(plan: Plan, topology: Topology, num_bytes: float, machine: Machine) -> float:

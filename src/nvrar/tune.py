@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import get_args
 
-from nvrar.cost import Machine, time_us
-from nvrar.plan import Plan
+from nvrar.cost import Machine, level_cost, time_us
+from nvrar.plan import Level, Mode, Plan
 from nvrar.table import Table, Trial, bucket
 from nvrar.topology import Topology
 
@@ -80,12 +81,41 @@ def choose(
     :func:`pinned_radices`, whatever the size, so that the bits of a result do not depend on the size of
     the message it was part of.
     """
-    candidates = Plan.all(topology)
-    if deterministic:
-        pinned = pinned_radices(topology)
-        candidates = tuple(plan for plan in candidates if plan.radices == pinned)
+    # What a level costs depends on those before it only by its stride and by the parts that they cut. So of
+    # all ways to get there the fastest will do; there are thousands of plans for a hundred nodes.
     size = bucket(num_bytes)
-    return min(candidates, key=lambda plan: time_us(plan, topology, size, machine))
+    ways: dict[tuple[int, int], tuple[float, int, str, Plan]] = {(1, 1): (0.0, 0, "", Plan(()))}
+    for stride in _strides(topology):
+        for parts in [parts for at, parts in ways if at == stride]:
+            spent_us, depth, _, before = ways[stride, parts]
+            for level in _next_levels(topology, stride, deterministic):
+                cost = level_cost(level, stride, topology, size / parts, machine)
+                plan = Plan((*before.levels, level))
+                way = (spent_us + cost.time_us, depth + 1, str(plan), plan)
+                to = stride * level.radix, parts * (level.radix if level.mode == "split" else 1)
+                ways[to] = min(ways.get(to, way), way)
+    return min(way for (at, _), way in ways.items() if at == topology.world_size)[-1]
+
+
+def _strides(topology: Topology) -> list[int]:
+    """Of all levels that plans have, ascending: those within a node, then those between nodes."""
+    nodes, ranks = topology.num_nodes, topology.ranks_per_node
+    local = [stride for stride in range(1, ranks) if ranks % stride == 0]
+    return local + [ranks * stride for stride in range(1, nodes) if nodes % stride == 0]
+
+
+def _next_levels(topology: Topology, stride: int, deterministic: bool) -> list[Level]:
+    """The levels that may begin at ``stride``; see :meth:`Plan.all`."""
+    if deterministic:
+        pinned = Plan.named("nvrar", topology)
+        radices = {k for s, k in zip(pinned.strides(), pinned.radices, strict=True) if s == stride}
+    else:
+        is_local = stride < topology.ranks_per_node
+        left = (topology.ranks_per_node if is_local else topology.world_size) // stride
+        radices = {k for k in range(2, left + 1) if left % k == 0}
+        if stride == 1:
+            radices.add(topology.world_size)
+    return [Level(mode, radix) for radix in sorted(radices) for mode in get_args(Mode)]
 
 
 def pinned_radices(topology: Topology) -> tuple[int, ...]:
