@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emulated import EmulatedCluster
-from nvrar.gpu.kernel import OTHER_CALL, PEER_MISSING
+from nvrar.gpu.kernel import OTHER_CALL, PEER_MISSING, budget_ticks
 from nvrar.gpu.layout import LL, LL128, Format, LaunchShape, Rows
 from nvrar.plan import Plan
 from nvrar.rms_norm import add_rms_norm
@@ -206,15 +206,16 @@ def test_rows_of_which_one_packet_does_not_come(
     must find the others in the next."""
     if packets is LL:
         launch = (launch[0], 96, 1)
-    ranks = cluster("split:2", "", BF16, max_bytes=1 << 15, budget_s=0.05)
-    hidden = (
-        3 * LL128.data_bytes // 2
-    )  # two units of LL128 in each of two parts, of which the last is empty
+    ranks = cluster("split:2", "", BF16, max_bytes=1 << 15)
+    # Of LL128 two units in each of two parts, and the last of them empty.
+    hidden = 3 * LL128.data_bytes // 2
     given = [x.view(2, hidden) for x in inputs_of(4, 2 * hidden, BF16, seed=0)]
     tensors, weight = [x.clone() for x in given], torch.rand(hidden).to(BF16)
-    call = ranks.prepare_rows(tensors[:2], tensors[2:], weight, 1e-5, packets, LaunchShape(*launch))
-    ranks.run(call)
+    rows = (tensors[:2], tensors[2:], weight, 1e-5, packets, LaunchShape(*launch))
+    ranks.run(ranks.prepare_rows(*rows))
     ranks.check()
+    ranks._budget_ticks = budget_ticks(0.05)
+    call = ranks.prepare_rows(*rows)
     wanted, sent = [tensors[0].clone(), tensors[2].clone()], ranks.heap.clone()
     num_units = 2 * Rows(2, 2 * hidden).units_of_row(ranks.plan, packets)
     region = 0 if packets is LL else 4 * ranks._room["LL"]
