@@ -80,10 +80,10 @@ class InputPreparer:
         device: torch.device,
     ) -> None:
         self._block_size, self._padding_slot = block_size, max_num_seqs
-        self._padding_place = num_blocks * block_size
+        self._padding_index = num_blocks * block_size
         self._max_model_len = max_model_len
         width = -(-max_model_len // block_size)
-        # The host's copy is what places are looked up in, the device's what attention reads.
+        # The host's copy is where cache indices are looked up, the device's what attention reads.
         self._tables = np.full((max_num_seqs + 1, width), num_blocks, np.int32)
         self._device_tables = torch.from_numpy(self._tables).to(device, copy=True)
         self._last_token_ids = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
@@ -114,14 +114,14 @@ class InputPreparer:
         if are_chunks:
             positions = np.arange(query_starts[-1]) + (num_cached - query_starts[:-1])[seq]
         blocks = self._tables[slots[seq], positions // self._block_size]
-        places = blocks * self._block_size + positions % self._block_size
+        cache_indices = blocks * self._block_size + positions % self._block_size
         drawing_slots = slots[is_drawing]
         if are_chunks:
             token_ids = np.array((-1,) * batch.num_decodes + batch.token_ids, np.int32)
             drawing_rows = query_starts[1:][is_drawing] - 1
         if shape and are_chunks:
             positions = _padded(positions, shape.num_tokens, 0)
-            places = _padded(places, shape.num_tokens, self._padding_place)
+            cache_indices = _padded(cache_indices, shape.num_tokens, self._padding_index)
             token_ids = _padded(token_ids, shape.num_tokens, 0)
             drawing_rows = _padded(drawing_rows, shape.num_seqs, 0)
             drawing_slots = _padded(drawing_slots, shape.num_seqs, self._padding_slot)
@@ -130,7 +130,7 @@ class InputPreparer:
             "positions": positions,
             "query_starts": query_starts,
             "seq_lens": seq_lens,
-            "cache_indices": places,
+            "cache_indices": cache_indices,
             "drawing_slots": drawing_slots,
         }
         if are_chunks:

@@ -20,7 +20,7 @@ def rotate_and_store(
     sin: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    slots: Tensor,
+    cache_indices: Tensor,
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
@@ -31,8 +31,8 @@ def rotate_and_store(
     q `[num_tokens, num_heads, head_dim]`, k and v `[num_tokens, num_kv_heads, head_dim]`: rows may be
     strided, heads may not. cos and sin `[num_tokens, >= head_dim / 2]` in q's type, of which the first
     half of a head is read. Caches `[num_blocks, block_size, num_kv_heads, head_dim]` of equal strides,
-    the last 1. slots `[num_tokens]` int32 or int64: block * block_size + offset of each token, negative
-    for a token that is not stored. With `q_weight` and `k_weight` `[head_dim]`, each head is
+    the last 1. cache_indices `[num_tokens]` int32 or int64: block * block_size + offset of each token,
+    negative for a token that is not stored. With `q_weight` and `k_weight` `[head_dim]`, each head is
     RMS-normalised first. Every operation is rounded to q's type, as the separate torch operations would.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -44,7 +44,7 @@ def rotate_and_store(
         triton.cdiv(num_heads, _HEADS_PER_PROGRAM) + triton.cdiv(num_kv_heads, _HEADS_PER_PROGRAM),
     )
     _rotate_and_store_kernel[grid](
-        q, k, v, cos, sin, key_cache, value_cache, slots,
+        q, k, v, cos, sin, key_cache, value_cache, cache_indices,
         q_weight if q_weight is not None else q, k_weight if k_weight is not None else k, eps,
         q.stride(0), k.stride(0), v.stride(0), cos.stride(0),
         key_cache.stride(0), key_cache.stride(1), key_cache.stride(2),
@@ -78,7 +78,7 @@ def _normalise(low, high, weight, column, mask, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _rotate_and_store_kernel(
-    q, k, v, cos, sin, key_cache, value_cache, slots, q_weight, k_weight, eps,
+    q, k, v, cos, sin, key_cache, value_cache, cache_indices, q_weight, k_weight, eps,
     q_stride, k_stride, v_stride, angle_stride,
     cache_block_stride, cache_token_stride, cache_head_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -105,14 +105,13 @@ def _rotate_and_store_kernel(
         tl.store(at, low, mask)
         tl.store(at + HALF, high, mask)
     else:
-        slot = tl.load(slots + token).to(tl.int64)
-        if slot >= 0:
+        index = tl.load(cache_indices + token).to(tl.int64)
+        if index >= 0:
             head = (part - NUM_Q_PROGRAMS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
             mask = (head < NUM_KV_HEADS)[:, None] & in_half[None, :]
             source = head[:, None] * (2 * HALF) + column[None, :]
-            target = (slot // BLOCK_SIZE) * cache_block_stride + (
-                slot % BLOCK_SIZE
-            ) * cache_token_stride
+            target = (index // BLOCK_SIZE) * cache_block_stride
+            target += (index % BLOCK_SIZE) * cache_token_stride
             target += head[:, None] * cache_head_stride + column[None, :]
             low = tl.load(k + token * k_stride + source, mask, other=0.0)
             high = tl.load(k + token * k_stride + HALF + source, mask, other=0.0)
