@@ -118,7 +118,7 @@ def join(place: Seat, device: str = "cpu", timeout_s: float = 60.0) -> Iterator[
     except dist.DistError as error:
         raise PeerTimeout(
             f"rank {place.rank} of {place.world_size} (by {place.launcher}) met no complete group at "
-            f"{place.init_method} within {timeout_s:g} s: {str(error).splitlines()[0]}; check that all "
+            f"{place.host}:{place.port} within {timeout_s:g} s: {str(error).splitlines()[0]}; check that all "
             "ranks started and that MASTER_ADDR and MASTER_PORT can be reached from every node",
             rank=place.rank,
             peers=(),

@@ -28,6 +28,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def require_gpus(num_local_ranks: int) -> None:
     """Raise ConfigError when this host has fewer GPUs than ranks."""
     count = torch.cuda.device_count()
+    if not count:
+        raise ConfigError('device is "cuda", and torch sees no GPU on this host; set device="cpu"')
     if count < num_local_ranks:
         raise ConfigError(
             f"{num_local_ranks} ranks on this host need a GPU each, and it has {count}; lower "

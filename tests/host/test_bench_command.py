@@ -145,6 +145,7 @@ def test_a_rank_that_nobody_joins_gives_up(alone: int) -> None:
     assert done.returncode == 1
     # Above it c10d may have logged its own account.
     assert done.stderr.splitlines()[-1].startswith(f"nvrar: rank {alone} of 2 (by torchrun) met no")
+    assert f"at 127.0.0.1:{env['MASTER_PORT']} within 2 s" in done.stderr
 
 
 def _free_port() -> int:

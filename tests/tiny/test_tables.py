@@ -258,6 +258,14 @@ def test_a_corrupt_table_is_left_out_with_a_warning(
     assert "nvrar tune" in caplog.text
 
 
+def test_a_table_that_is_not_there_is_said(
+    cache: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING, "nvrar"):
+        assert holding({"NVRAR_TUNE_TABLE": str(tmp_path / "typo.json")}) == []
+    assert f"no tuning table {tmp_path / 'typo.json'}; correct NVRAR_TUNE_TABLE" in caplog.text
+
+
 @pytest.mark.parametrize("variable", ["NVRAR_CACHE_DIR", "NVRAR_TUNE_TABLE"])
 def test_a_folder_that_cannot_be_read_is_said_and_left_out(
     variable: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog

@@ -216,6 +216,9 @@ def test_more_gpus_than_there_are(model: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="2 ranks on this host need a GPU each, and it has 1"):
         LLM(str(model), tensor_parallel_size=2, device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match='sees no GPU on this host; set device="cpu"'):
+        LLM(str(model), device="cuda")
 
 
 def test_key_value_heads_that_can_be_neither_split_nor_replicated(model: Path) -> None:

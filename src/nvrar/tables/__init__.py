@@ -125,6 +125,9 @@ def _files_in(folder: Path) -> list[Path]:
 def _read(path: Path) -> Table | None:
     try:
         return Table.loads(path.read_text())
+    except FileNotFoundError:
+        log.warning("there is no tuning table %s; correct %s, or unset it", path, VARIABLE)
+        return None
     except (OSError, UnicodeDecodeError, TableError) as error:
         log.warning(
             "the tuning table %s is left out: %s; delete it, or make it anew with nvrar tune (%s=%s ignores "
