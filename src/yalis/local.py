@@ -41,8 +41,10 @@ class LocalExecutor(Executor):
         return self._under_way.popleft().wait()
 
     def drain(self) -> None:
-        while self._under_way:
-            self._under_way.popleft().wait()
+        # None must be left for a later step, though a second interrupt ends the waiting.
+        under_way, self._under_way = self._under_way, deque()
+        for pending in under_way:
+            pending.wait()
 
     def use_all_reduce(self, name: str) -> None:
         self.runner.use_all_reduce(name)

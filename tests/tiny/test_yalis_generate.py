@@ -209,6 +209,19 @@ def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
     assert llm.generate(PROMPTS[:1], GREEDY)[0].prompt == PROMPTS[0]
 
 
+def test_a_second_interrupt_leaves_no_result_for_a_later_step(llm: LLM) -> None:
+    class Interrupted:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    expected = llm.generate("x", GREEDY)
+    executor = llm._executor
+    executor._under_way.extend([Interrupted(), Interrupted()])  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        executor.drain()
+    assert llm.generate("x", GREEDY) == expected
+
+
 def test_a_closed_llm_says_so(model: str) -> None:
     with LLM(model) as llm:
         pass
