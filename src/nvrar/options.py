@@ -136,13 +136,14 @@ def agree(group: dist.ProcessGroup, options: Options, unavailable: str) -> Agree
         raise refusal
     _check_equal(said)
     topology, without_gpu = options.topology or _detected(group, said), _without_gpu(said)
+    name: str = said[0]["name"]
     executor = "host" if without_gpu or options.executor == "host" else "gpu"
     devices = tuple(sorted({other["devices"][executor] for other in said}))
     found = []
     if options.plan == "auto" and group.size() > 1:
-        found = _tables(group, executor, devices, topology, options.timeout_s)
+        found = _tables(group, name, executor, devices, topology, options.timeout_s)
     link = backend_of(group, "cpu")
-    return Agreement(said[0]["name"], topology, without_gpu, link, tuple(found))
+    return Agreement(name, topology, without_gpu, link, tuple(found))
 
 
 def _is_number(value: object, *types: type) -> bool:
@@ -151,18 +152,22 @@ def _is_number(value: object, *types: type) -> bool:
 
 def _tables(
     group: dist.ProcessGroup,
+    name: str,
     executor: str,
     devices: tuple[str, ...],
     topology: Topology,
     timeout_s: float,
 ) -> list[Table]:
-    """Those that rank 0 found, whatever files the others have. Collective."""
+    """Those that rank 0 found, whatever files the others have. Collective.
+
+    By the communicator's name: where a rank gave up on an earlier one, another may have got further in it."""
     mine = []
     if group.rank() == 0:
         mine = [
             f.table.dumps() for f in tables.holding(os.environ, executor, devices, str(topology))
         ]
-    return [Table.loads(text) for text in exchange_values(group, "tables", mine, timeout_s)[0]]
+    first = exchange_values(group, f"tables of {name}", mine, timeout_s)[0]
+    return [Table.loads(text) for text in first]
 
 
 def _check_equal(said: list[dict[str, Any]]) -> None:

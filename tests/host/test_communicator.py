@@ -255,6 +255,20 @@ def test_ranks_that_do_not_come_to_the_creation_are_named() -> None:
         assert f"rank {rank} waited 1 s for ranks 1, 3 to take part in 'communicator'" in text
 
 
+def late_once(rank: int) -> None:
+    time.sleep(
+        1.5 * rank
+    )  # so that rank 1 finds what rank 0 brought, and then waits for more of it
+    with pytest.raises(PeerTimeout):
+        Communicator(timeout_s=0.5)
+    dist.barrier()
+    assert Communicator().all_reduce(torch.ones(2)).tolist() == [2, 2]
+
+
+def test_a_creation_that_a_rank_was_late_for_can_be_tried_again() -> None:
+    run(late_once, 2)
+
+
 def by_value_or_name(rank: int) -> None:
     """The same thing said in two ways is the same."""
     topology = Topology(1, 2)
