@@ -189,6 +189,7 @@ def test_settings_refuse_what_cannot_be_measured() -> None:
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, None),  # a batch script, outside srun
         ({"SLURM_JOB_ID": "7"}, None),  # inside an allocation, outside srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, None),  # --pty bash
     ],
 )  # fmt: skip
 def test_seats_are_read_from_the_environment(variables: dict, expected: Seat | None) -> None:
@@ -196,7 +197,7 @@ def test_seats_are_read_from_the_environment(variables: dict, expected: Seat | N
 
 
 def test_an_ipv6_address_is_told_from_its_port() -> None:
-    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "::1"}
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "MASTER_ADDR": "::1"}
     place = seat(step | {"MASTER_PORT": "1234"})
     assert place is not None
     assert place.init_method == "tcp://[::1]:1234"
