@@ -129,13 +129,18 @@ def sighting(environment: Mapping[str, str]) -> dict[str, str]:
         seen["torchrun"] = environment["GROUP_RANK"]
     if "SLURM_NODEID" in environment and is_srun_task(environment):
         seen["Slurm"] = environment["SLURM_NODEID"]
-    try:  # containers of one image may share a host name, but never a boot of two machines
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-    except OSError:
-        boot_id = ""
-    seen["host name"] = f"{socket.gethostname()}/{boot_id}"
+    seen["host name"] = f"{socket.gethostname()}/{boot_id()}"
     return seen
+
+
+def boot_id() -> str:
+    """Of this machine's kernel; empty where it has none. Containers of one image may share a host name, but
+    never a boot of two machines; those of one machine may have a host name each."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def is_srun_task(environment: Mapping[str, str]) -> bool:

@@ -80,6 +80,16 @@ def test_lines_are_trusted_to_nvlink_alone(joined: bool, monkeypatch: pytest.Mon
     assert Device.from_json(HERE.to_json()) == HERE
 
 
+def test_containers_of_one_machine_are_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PCIe may map their memory, and tear lines; that of another host is mapped by NVLink alone."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = []
+    for name in ("container-1", "container-2"):
+        monkeypatch.setattr(links.socket, "gethostname", lambda name=name: name)
+        found.append(Device.current().host)
+    assert found[0] == found[1]
+
+
 def test_without_nvml_lines_are_not_trusted(caplog: pytest.LogCaptureFixture) -> None:
     assert not HERE.keeps_lines_to([NEAR])  # this machine has no driver
     assert "capability 'utility'" in caplog.text

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from nvrar.topology import boot_id
+
 log = logging.getLogger("nvrar")
 
 _NVML_P2P_CAPS_INDEX_NVLINK = 2
@@ -21,7 +23,7 @@ _NVML_P2P_STATUS_OK = 0
 class Device:
     """A GPU, by names that hold in every process: those that CUDA_VISIBLE_DEVICES hides are found too."""
 
-    host: str
+    host: str  # which its containers share, whatever they call it
     bus: str  # of PCI, as NVML writes it
 
     @classmethod
@@ -30,7 +32,7 @@ class Device:
 
         status, bus = runtime.cudaDeviceGetPCIBusId(32, torch.cuda.current_device())
         name = bytes(bus).split(b"\0")[0].decode() if not status else ""
-        return cls(socket.gethostname(), name)
+        return cls(boot_id() or socket.gethostname(), name)
 
     @classmethod
     def from_json(cls, value: dict[str, str]) -> Device:
