@@ -51,7 +51,8 @@ def test_the_batch_file_tells_each_task_its_place(tmp_path: Path) -> None:
     stand_ins = {
         "scontrol": "echo node1; echo node2",
         "srun": "while [[ $1 == -* ]]; do shift; done; for SLURM_PROCID in 0 1 2 3; do "
-        "export SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2)) SLURM_NODEID=$((SLURM_PROCID / 2)); "
+        "export SLURM_STEP_ID=0 SLURM_PROCID SLURM_LOCALID=$((SLURM_PROCID % 2)); "
+        "export SLURM_NODEID=$((SLURM_PROCID / 2)); "
         '"$@"; echo; done',
     }
     for name, script in stand_ins.items():
