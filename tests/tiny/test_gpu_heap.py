@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from nvrar.errors import ArgumentError, GpuUnavailable
+from nvrar.errors import ArgumentError, DisagreementError, GpuUnavailable
 from nvrar.gpu import heap, workspace
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.executor import GpuExecutor
@@ -117,6 +117,14 @@ def test_memory_to_put_from_is_taken_where_anything_is_put(make, is_mapped: bool
     inboxes = 2 * sum(made.room_for(packets) for packets in (LL, LL128))
     assert made._piece.num_bytes == inboxes + (0 if is_mapped else 2 * made.room_for(LL))
     assert all(made.room_for(f) >= inbox_bytes(PLAN, f, BYTES) for f in (LL, LL128))
+
+
+def test_a_place_that_is_not_everybodys_is_refused(make, monkeypatch) -> None:
+    """A peer's packets would come in where another communicator's memory is."""
+    make()
+    monkeypatch.setattr(heap, "together", lambda group, what, act, wait: [act(), 1 << 20])
+    with pytest.raises(DisagreementError, match=r"offsets \[\d+, 1048576\].*new_group"):
+        make()
 
 
 def test_the_gpu_of_the_heap_is_the_only_one(make, current: list[int]) -> None:

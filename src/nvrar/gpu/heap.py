@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
+from nvrar.errors import ArgumentError, DisagreementError, GpuUnavailable, NvrarError
 from nvrar.meeting import exchange_values, stay_out, together
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Heap:
 
         Raises:
             GpuUnavailable: no place is free on all ranks at once.
+            DisagreementError: the ranks found other places than this one.
             PeerTimeout: a rank did not come.
         """
         num_bytes = -(-num_bytes // GRANULE) * GRANULE
@@ -68,8 +69,18 @@ class Heap:
             )
         self._taken.add((offset, offset + num_bytes))
         piece = Piece(offset, num_bytes, self._address + offset)
-        # Nobody may write into a piece before its owner has zeroed it.
-        together(group, "heap zeroed", lambda: _zero(piece.address, num_bytes), timeout_s)
+
+        def zeroed() -> int:
+            _zero(piece.address, num_bytes)
+            return offset
+
+        # Nobody may write into a piece before its owner has zeroed it, nor anywhere but there.
+        offsets = together(group, "heap zeroed", zeroed, timeout_s)
+        if any(other != offset for other in offsets):
+            raise DisagreementError(
+                f"ranks place the workspace at the offsets {offsets} of their symmetric memory; one was late "
+                "for an earlier communicator on this group: make a new one (torch.distributed.new_group)"
+            )
         return piece
 
     def release(self, piece: Piece) -> None:
