@@ -3,8 +3,9 @@
 // they are read and written. `unit` is the offset in bytes at which the unit starts, `limit` that at which
 // the message, or the row that the unit is of, ends.
 //
-// kWhole: the tensor starts and ends at multiples of Packet::kAlign. Otherwise every element is read and
-// written on its own: right for any tensor, and kept out of the common kernel, whose size is latency.
+// kWhole: the tensor starts and ends at multiples of what a thread takes at once (align_bytes in layout.py).
+// Otherwise every element is read and written on its own: right for any tensor, and kept out of the common
+// kernel, whose size is latency.
 #pragma once
 
 #include "types.cuh"

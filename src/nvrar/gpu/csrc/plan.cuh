@@ -57,7 +57,6 @@ struct Plan {
     static constexpr int gather_area(int level) {
         return reduce_area(level) + radix(level) * own_parts(level);
     }
-    static constexpr int kNumAreas = reduce_area(kNumLevels);
 
     // Peers are tabled level by level, by digit, this rank's own digit included.
     static constexpr int first_peer(int level) {
