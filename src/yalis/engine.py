@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from yalis.calls import Calls
 from yalis.completion import Completion
 from yalis.core import Batch, Request, RowLogprobs, Sequence, StepResult
 from yalis.errors import YalisError
@@ -86,9 +85,7 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._under_way: deque[Step] = deque()
         self.num_drawn_tokens = 0
-        self._abandoned: deque[int] = deque()
-        # Reentrant, so that an interrupt just after it was taken does not lock this thread out for ever.
-        self._in_use, self._is_in_call = threading.RLock(), False
+        self._calls = Calls(self._drop_all)
 
     @property
     def has_work(self) -> bool:
@@ -113,57 +110,37 @@ class Engine:
         RequestError when it could never fit the cache; the others are unharmed.
         """
         self.check(request)
+        return self._calls.run(lambda: self._add(request, is_streamed))
+
+    def _add(self, request: Request, is_streamed: bool) -> int:
         max_len, params = self._max_len(request), request.params
+        request_id = self._num_requests
+        self._num_requests += 1
+        seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
         ends = () if params.ignore_eos else self._eos_token_ids
-        with self._used():
-            request_id = self._num_requests
-            self._num_requests += 1
-            seed = request_seed(self._seed, request_id) if params.seed is None else params.seed
-            sequences = [
-                Sequence(
-                    request_id=request_id,
-                    index=index,
-                    prompt_token_ids=request.token_ids,
-                    params=params,
-                    seed=seed + index,
-                    max_len=max_len,
-                    end_token_ids=(*ends, *params.stop_token_ids),
-                )
-                for index in range(params.n)
-            ]
-            self._live[request_id] = _Live(
-                request,
-                [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences],
-                is_streamed,
-                time.monotonic(),
-                num_unfinished=params.n,
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=request.token_ids,
+                params=params,
+                seed=seed + index,
+                max_len=max_len,
+                end_token_ids=(*ends, *params.stop_token_ids),
             )
-            for sequence in sequences:
-                self._scheduler.add(sequence)
-            return request_id
+            for index in range(params.n)
+        ]
+        completions = [Completion(s, self._tokenizer, is_streamed=is_streamed) for s in sequences]
+        self._live[request_id] = _Live(
+            request, completions, is_streamed, time.monotonic(), num_unfinished=params.n
+        )
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+        return request_id
 
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Stop a request: what it has so far, or None when it is not under way. No update follows."""
-        with self._used():
-            return self._cancel(request_id)
-
-    def abandon(self, request_ids: Iterable[int]) -> None:
-        """Cancel these; where a call is under way, at its end. For any thread, and for the garbage collector,
-        which may close a stream in the middle of a step.
-        """
-        self._abandoned.extend(request_ids)
-        with suppress(YalisError), self._used():
-            pass
-
-    def settle(self) -> None:
-        """Wait for steps that were begun in advance and whose requests have ended. Raises YalisError while
-        requests are under way.
-        """
-        if self._live:
-            raise YalisError("requests are under way; finish or cancel them first")
-        with self._used():
-            while self._under_way:
-                self._step()
+        return self._calls.run(lambda: self._cancel(request_id))
 
     def _cancel(self, request_id: int) -> RequestOutput | None:
         live = self._live.pop(request_id, None)
@@ -176,10 +153,24 @@ class Engine:
                 self._scheduler.retire(sequence)
         return live.output(request_id)
 
+    def abandon(self, request_ids: Iterable[int]) -> None:
+        """Cancel these; where a call is under way, at its end. For any thread, and for the garbage collector,
+        which may close a stream in the middle of a step.
+        """
+        self._calls.postpone(lambda: [self._cancel(request_id) for request_id in request_ids])
+
+    def settle(self) -> None:
+        """Wait for steps that were begun in advance and whose requests have ended. Raises YalisError while
+        requests are under way.
+        """
+        if self._live:
+            raise YalisError("requests are under way; finish or cancel them first")
+        while self._under_way:
+            self.step()
+
     def step(self) -> list[Update]:
         """Compute one step; the news of it. Empty while prompts are being read."""
-        with self._used():
-            return self._step()
+        return self._calls.run(self._step)
 
     def _step(self) -> list[Update]:
         self._submit()
@@ -196,33 +187,6 @@ class Engine:
         self._under_way.clear()
         self._scheduler.drop_all()
         self._executor.drain()
-
-    @contextmanager
-    def _used(self) -> Iterator[None]:
-        """A call, with no other one under way; requests that were abandoned meanwhile end with it."""
-        if not self._in_use.acquire(blocking=False):
-            raise YalisError(
-                "another thread is in a call of this engine; make all calls from one thread, which gets "
-                "requests from the others by a queue"
-            )
-        if self._is_in_call:
-            self._in_use.release()
-            raise YalisError(
-                "this thread is in the middle of a call of this engine; make no call from a signal's "
-                "handler, but note there what to do after it"
-            )
-        try:
-            self._is_in_call = True
-            yield
-            while self._abandoned:
-                self._cancel(self._abandoned.popleft())
-        except BaseException:
-            with suppress(Exception):  # what comes of an error is not the error
-                self._drop_all()
-            raise
-        finally:
-            self._is_in_call = False
-            self._in_use.release()
 
     def _submit(self) -> None:
         while len(self._under_way) < self._executor.depth:

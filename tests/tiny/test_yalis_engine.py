@@ -342,6 +342,25 @@ def test_after_an_interrupt_at_any_place_the_engine_is_empty_and_works() -> None
     assert place > 200
 
 
+def test_a_second_interrupt_while_all_is_forgotten_harms_nothing_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, executor, pool = make_engine(num_blocks=8, max_num_seqs=3)
+    wanted = [request(long(i, 6), 9, ignore_eos=True, seed=10 * i + 1) for i in range(3)]
+    for one in wanted:
+        engine.add(one)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "result", interrupt)
+        patch.setattr(engine._scheduler, "drop_all", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    outputs = run_all(engine, wanted)
+    for one, output in zip(wanted, outputs, strict=True):
+        assert output.token_ids == alone(one, one.params.seed or 0, 100)[0]
+    assert pool.num_free == pool.num_blocks
+
+
 def test_what_is_abandoned_in_the_middle_of_a_step_ends_with_it() -> None:
     # As when the garbage collector closes a stream, at whatever call it comes.
     wanted = [request(long(i, 6), 9, ignore_eos=True, seed=10 * i + 1) for i in range(3)]
