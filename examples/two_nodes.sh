@@ -28,6 +28,10 @@ if [[ -z ${HEAD:-} ]]; then
         "command: HEAD=node17 $0" >&2
     exit 2
 fi
+if ! python -c 'import socket, sys; socket.getaddrinfo(sys.argv[1], None)' "$HEAD" 2>/dev/null; then
+    echo "$0: HEAD=$HEAD is no host that $(hostname) knows; give a name or address of one of the nodes" >&2
+    exit 2
+fi
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [[ -n ${IFNAME:-} ]]; then
     export GLOO_SOCKET_IFNAME=$IFNAME NCCL_SOCKET_IFNAME=$IFNAME NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=$IFNAME

@@ -83,6 +83,10 @@ def test_the_examples_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> Non
     ran = subprocess.run(script, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
     assert "HEAD is not set; give a name or address" in ran.stderr
+    monkeypatch.setenv("HEAD", "node.invalid")  # a name that nobody may have
+    ran = subprocess.run(script, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert "HEAD=node.invalid is no host" in ran.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
