@@ -91,11 +91,11 @@ def generate(model: str, prompt: str, max_tokens: int, num_nodes: int, ranks_per
             f"the ranks drew {split.token_ids}, one process drew {whole.token_ids}; unless two tokens "
             "were as good as equally likely this is a fault: please report it"
         )
-    say(f"   [green]the same {len(whole.token_ids)} tokens[/green]  (in {whole_s:.1f} s)")
+    say(f"   [green]the same {len(whole.token_ids)} tokens[/green]  (in {whole_s:.2f} s)")
 
 
 def quote(prompt: str, output: RequestOutput, seconds: float) -> None:
-    text = f"   {prompt!r} -> {output.text!r}  ({len(output.token_ids)} tokens in {seconds:.1f} s)"
+    text = f"   {prompt!r} -> {output.text!r}  ({len(output.token_ids)} tokens in {seconds:.2f} s)"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -128,4 +128,7 @@ def measure(num_nodes: int, ranks_per_node: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
