@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 # What somebody tuned on this machine must not decide what the tests see.
 os.environ["NVRAR_TUNE_TABLE"] = "off"
+
+with suppress(ImportError):  # those of GPUs do without
+    from hypothesis import settings
+
+    settings.register_profile("busy machine", deadline=None)
+    settings.load_profile("busy machine")
 
 
 def is_for_gpus(config: pytest.Config) -> bool:

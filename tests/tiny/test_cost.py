@@ -112,7 +112,7 @@ def test_nvrar_beats_flat_where_the_network_is_slow(num_bytes: int, nodes: int) 
         assert cost("nvrar", f"{nodes}x8", num_bytes, slow) < flat
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["2x4", "3x3", "1x6", "5x1", "4x2"]),
     st.integers(0, 1 << 26),

@@ -165,7 +165,7 @@ plans = levels.map(lambda found: Plan(tuple(found))).filter(lambda plan: plan.wo
 LENGTHS = st.one_of(st.sampled_from([0, 1, 2, 3, 5, 7, 31, 97, 211]), st.integers(0, 300))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(plans, LENGTHS, st.integers(1, 64), st.booleans())
 def test_any_list_of_levels_any_length_any_granule(
     plan: Plan, length: int, granule: int, in_place: bool

@@ -110,7 +110,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_any_text_survives_the_tokenizer_and_grows_piece_by_piece(tokenizer: Tokenizer) -> None:
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(st.text(max_size=40))
     def check(text: str) -> None:
         assume("<s>" not in text and "</s>" not in text)  # these are not text, wherever they stand
@@ -125,7 +125,7 @@ def test_any_text_survives_the_tokenizer_and_grows_piece_by_piece(tokenizer: Tok
 
 
 def test_streamed_pieces_join_to_the_text_before_the_first_stop(tokenizer: Tokenizer) -> None:
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         text = data.draw(st.text(alphabet="ab é🙂", min_size=1, max_size=30))

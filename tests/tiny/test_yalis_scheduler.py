@@ -119,4 +119,4 @@ class AnyTraffic(RuleBasedStateMachine):
 
 
 TestAnyTraffic = AnyTraffic.TestCase
-TestAnyTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestAnyTraffic.settings = settings(max_examples=150, stateful_step_count=40)
