@@ -186,7 +186,7 @@ class LLM:
 
         Checked at once, begun with the first `next`; closing the iterator cancels it. Several streams, and
         `generate`, may take turns: whoever is asked computes for all. Collective under a launcher, each
-        `next`.
+        `next`, and the closing: leave none of those to the garbage collector there.
         """
         [request] = self.make_requests([prompt], sampling_params)
         self.engine.check(request)
