@@ -23,7 +23,7 @@ from nvrar.cost import USUAL, Machine, machine_named
 from nvrar.ending import Ending
 from nvrar.errors import ArgumentError, GpuUnavailable
 from nvrar.host_calls import HostCalls
-from nvrar.meeting import is_destroyed, resolve_group
+from nvrar.meeting import Meeting, is_destroyed, resolve_group
 from nvrar.options import Options, agree
 from nvrar.plan import Plan
 from nvrar.registry import by_name
@@ -140,12 +140,11 @@ class Communicator:
         if not self._is_host_only and not self._gpu_unavailable:
             try:
                 self._gpu = gpu.make_calls(
-                    self.group,
+                    Meeting(self.group, self.name, timeout_s),
                     self.topology,
                     chooser.choose,
                     max_bytes,
                     wire_dtype,
-                    timeout_s,
                     self._ending.wait_s,
                 )
                 self._link = self._gpu.link

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -144,6 +145,28 @@ def together(
 def stay_out(group: ProcessGroup, purpose: str, reason: str) -> None:
     """For a rank that cannot take part in ``together``: all others raise GpuUnavailable. Does not wait."""
     _bring(group, purpose, {"value": None, "error": {"text": reason, "lacks": True}})
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Ranks of ``group`` that make the communicator ``name`` together, each waiting ``timeout_s`` for others.
+
+    What they bring is kept by that name: of an earlier one that some ranks gave up, others may have got
+    further, and would else meet what is left of it.
+    """
+
+    group: ProcessGroup
+    name: str
+    timeout_s: float
+
+    def exchange(self, purpose: str, value: Any) -> list[Any]:
+        """See :func:`exchange_values`."""
+        return exchange_values(self.group, f"{purpose} of {self.name}", value, self.timeout_s)
+
+    def together(self, purpose: str, action: Callable[[], _T], more_s: float = 0.0) -> list[_T]:
+        """See :func:`together`; ``more_s`` is for what ``action`` takes."""
+        wait_s = self.timeout_s + more_s
+        return together(self.group, f"{purpose} of {self.name}", action, wait_s)
 
 
 def _missing(store: Store, keys: list[str]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from nvrar.cost import Machine, machine_named
 from nvrar.errors import ArgumentError, DisagreementError, NvrarError, TopologyError
 from nvrar.hardware import device_name
 from nvrar.host import backend_of
-from nvrar.meeting import exchange_values
+from nvrar.meeting import Meeting, exchange_values
 from nvrar.plan import Plan
 from nvrar.table import Table
 from nvrar.topology import Topology, from_sightings, sighting
@@ -141,7 +141,8 @@ def agree(group: dist.ProcessGroup, options: Options, unavailable: str) -> Agree
     devices = tuple(sorted({other["devices"][executor] for other in said}))
     found = []
     if options.plan == "auto" and group.size() > 1:
-        found = _tables(group, name, executor, devices, topology, options.timeout_s)
+        meeting = Meeting(group, name, options.timeout_s)
+        found = _tables(meeting, executor, devices, topology)
     link = backend_of(group, "cpu")
     return Agreement(name, topology, without_gpu, link, tuple(found))
 
@@ -151,22 +152,15 @@ def _is_number(value: object, *types: type) -> bool:
 
 
 def _tables(
-    group: dist.ProcessGroup,
-    name: str,
-    executor: str,
-    devices: tuple[str, ...],
-    topology: Topology,
-    timeout_s: float,
+    meeting: Meeting, executor: str, devices: tuple[str, ...], topology: Topology
 ) -> list[Table]:
-    """Those that rank 0 found, whatever files the others have. Collective.
-
-    By the communicator's name: where a rank gave up on an earlier one, another may have got further in it."""
+    """Those that rank 0 found, whatever files the others have. Collective."""
     mine = []
-    if group.rank() == 0:
+    if meeting.group.rank() == 0:
         mine = [
             f.table.dumps() for f in tables.holding(os.environ, executor, devices, str(topology))
         ]
-    first = exchange_values(group, f"tables of {name}", mine, timeout_s)[0]
+    first = meeting.exchange("tables", mine)[0]
     return [Table.loads(text) for text in first]
 
 

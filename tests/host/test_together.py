@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError, PeerTimeout
-from nvrar.meeting import stay_out, together
+from nvrar.meeting import Meeting, stay_out, together
 from ranks import run
 
 pytestmark = pytest.mark.host
@@ -76,3 +76,16 @@ def missing(rank: int) -> None:
 
 def test_a_missing_rank_is_named() -> None:
     run(missing, 2)
+
+
+def anew(rank: int) -> list[list[int]]:
+    """One communicator that rank 1 never came to make, then another on the same group."""
+    if rank == 0:
+        with pytest.raises(PeerTimeout, match="to take part in 'pe of first'"):
+            Meeting(dist.group.WORLD, "first", 0.3).exchange("pe", -1)
+    second = Meeting(dist.group.WORLD, "second", 5.0)
+    return [second.exchange("pe", rank), second.together("zeroed", lambda: rank)]
+
+
+def test_what_is_left_of_a_communicator_that_was_given_up_is_not_met() -> None:
+    assert run(anew, 2) == [[[0, 1], [0, 1]]] * 2

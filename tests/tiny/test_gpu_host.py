@@ -111,7 +111,7 @@ def test_a_failure_counts_calls_as_the_host_does() -> None:
 class Executor:
     """Stands for GpuExecutor: keeps what it is told to prepare, load and launch; sums nothing."""
 
-    def __init__(self, group, topology, algorithms, timeout_s: float, budget_s: float) -> None:
+    def __init__(self, meeting, topology, algorithms, budget_s: float) -> None:
         self.device, self.failure = SimpleNamespace(index=0), SimpleNamespace(kind=0)
         self.most_bytes = max(algorithms("nvlink").values())
         self.prepared: list[tuple[int, torch.dtype]] = []
@@ -152,14 +152,16 @@ class Executor:
 def make_calls(monkeypatch: pytest.MonkeyPatch):
     """Of up to 1000 bytes, on the stand-in of an executor."""
     monkeypatch.setattr("nvrar.gpu.calls.GpuExecutor", Executor)
-    monkeypatch.setattr("nvrar.gpu.together", lambda group, what, action, wait: [action()])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     chooser = Chooser(Topology(1, 2), machine_named("h100-ndr"), Plan.parse("exchange:2"))
 
     def make(wire_dtype: torch.dtype | None = None) -> GpuCalls:
-        group = SimpleNamespace(rank=lambda: 0)
-        made = gpu.make_calls(group, Topology(1, 2), chooser.choose, 1000, wire_dtype, 5.0, 4.0)
+        meeting = SimpleNamespace(
+            group=SimpleNamespace(rank=lambda: 0),
+            together=lambda what, action, more_s: [action()],
+        )
+        made = gpu.make_calls(meeting, Topology(1, 2), chooser.choose, 1000, wire_dtype, 4.0)
         made._executor.prepared.clear()
         return made
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nvrar.errors import GpuUnavailable
-from nvrar.meeting import together
+from nvrar.meeting import Meeting
 
 if TYPE_CHECKING:
     from nvrar.gpu.calls import GpuCalls
@@ -65,12 +65,11 @@ def open_for(group: dist.ProcessGroup, timeout_s: float) -> str:
 
 
 def make_calls(
-    group: dist.ProcessGroup,
+    meeting: Meeting,
     topology: Topology,
     choose: Callable[..., Choice],
     max_bytes: int,
     wire_dtype: torch.dtype | None,
-    timeout_s: float,
     budget_s: float,
 ) -> GpuCalls:
     """The executor, with its kernels for bfloat16 sums of up to ``max_bytes``. Collective, where
@@ -78,7 +77,6 @@ def make_calls(
 
     Args:
         choose: see :meth:`nvrar.tune.Chooser.choose`.
-        timeout_s: bound on waits for peers, beside the compiling.
         budget_s: bound on every wait inside a kernel.
 
     Raises:
@@ -87,14 +85,14 @@ def make_calls(
     """
     from nvrar.gpu.calls import GpuCalls
 
-    made = GpuCalls(group, topology, choose, max_bytes, wire_dtype, timeout_s, budget_s)
+    made = GpuCalls(meeting, topology, choose, max_bytes, wire_dtype, budget_s)
     sizes = [*(1 << exponent for exponent in range(max_bytes.bit_length())), max_bytes]
 
     def compile_all() -> None:
         made.warmup(sizes, torch.bfloat16)
 
     try:
-        together(group, "kernels", compile_all, timeout_s + COMPILE_S)
+        meeting.together("kernels", compile_all, COMPILE_S)
     except GpuUnavailable:
         made.close()
         raise

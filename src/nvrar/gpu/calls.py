@@ -15,13 +15,13 @@ from nvrar.gpu.jit import OPS, TYPES
 from nvrar.gpu.kernel import NO_FAILURE, OTHER_CALL
 from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
 from nvrar.host import type_name, wire_type
+from nvrar.meeting import Meeting
 from nvrar.plan import Plan
 from nvrar.rms_norm import DTYPES
 from nvrar.topology import Topology
 from nvrar.tune import Choice
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch import Tensor
 
 _MOST_PREPARED = 4096  # sizes, types and operations whose arguments are kept
@@ -40,17 +40,16 @@ class GpuCalls:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        meeting: Meeting,
         topology: Topology,
         choose: Callable[..., Choice],
         max_bytes: int,
         wire_dtype: torch.dtype | None,
-        timeout_s: float,
         budget_s: float,
     ) -> None:
         self._max_bytes, self._wire_dtype = max_bytes, wire_dtype
         self._topology = topology
-        self._position = topology.position_of(group.rank())
+        self._position = topology.position_of(meeting.group.rank())
 
         # Whatever the type, since a narrow one may be sent as a wide one.
         most_sent = max_bytes * (1 if wire_dtype is None else 2)
@@ -63,7 +62,7 @@ class GpuCalls:
             return _largest(self._algorithms.values())
 
         self._algorithms: dict[torch.dtype, Algorithms] = {}
-        self._executor = GpuExecutor(group, topology, algorithms, timeout_s, budget_s)
+        self._executor = GpuExecutor(meeting, topology, algorithms, budget_s)
         self._prepared: dict[object, Prepared] = {}
         self.device = self._executor.device
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from nvrar.errors import ArgumentError
 from nvrar.gpu import jit, kernel, layout
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.layout import LaunchShape, Room, Rows
 from nvrar.gpu.workspace import Workspace
+from nvrar.meeting import Meeting
 from nvrar.plan import Plan
 from nvrar.topology import Topology
 
@@ -41,12 +41,11 @@ class Prepared:
 
 
 class GpuExecutor:
-    """Collective to make over ``group``. Kernels of one executor run in stream order.
+    """Collective to make. Kernels of one executor run in stream order.
 
     Args:
         algorithms: told the link (:class:`nvrar.table.Key`), gives every algorithm that may run with its
             largest message in bytes; equal on all ranks. It sizes the workspace.
-        timeout_s: bound on waits for peers during creation.
         budget_s: bound on every wait inside a kernel.
 
     Raises:
@@ -55,17 +54,16 @@ class GpuExecutor:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        meeting: Meeting,
         topology: Topology,
         algorithms: Callable[[str], dict[Algorithm, int]],
-        timeout_s: float,
         budget_s: float,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         self._arch = f"sm_{properties.major}{properties.minor}"
         self._num_processors = properties.multi_processor_count
-        self._workspace = Workspace(group, topology, algorithms, timeout_s)
+        self._workspace = Workspace(meeting, topology, algorithms)
         self._control = torch.zeros(4, dtype=torch.int32, device=self.device)
         self._control[0] = 2  # the first epoch: 0 is what fresh memory holds
         self._failure_memory = torch.zeros(8, dtype=torch.int32).pin_memory()

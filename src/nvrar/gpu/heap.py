@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nvrar.errors import ArgumentError, DisagreementError, GpuUnavailable, NvrarError
-from nvrar.meeting import exchange_values, stay_out, together
+from nvrar.errors import ArgumentError, GpuUnavailable, NvrarError
+from nvrar.meeting import Meeting, stay_out, together
 
 if TYPE_CHECKING:
     from cuda.core import ObjectCode
-    from torch.distributed import ProcessGroup
 
 DEFAULT_ARENA_BYTES = 512 << 20
 GRANULE = 1024  # pieces start at multiples of it, so that every packet is aligned
@@ -49,16 +48,15 @@ class Heap:
         self._taken: set[tuple[int, int]] = set()
         self._libraries: dict[int, ObjectCode] = {}
 
-    def allocate(self, group: ProcessGroup, num_bytes: int, timeout_s: float) -> Piece:
-        """A zeroed piece. Collective over ``group``.
+    def allocate(self, meeting: Meeting, num_bytes: int) -> Piece:
+        """A zeroed piece. Collective over the meeting's group.
 
         Raises:
             GpuUnavailable: no place is free on all ranks at once.
-            DisagreementError: the ranks found other places than this one.
             PeerTimeout: a rank did not come.
         """
         num_bytes = -(-num_bytes // GRANULE) * GRANULE
-        taken = exchange_values(group, "heap", sorted(self._taken), timeout_s)
+        taken = meeting.exchange("heap", sorted(self._taken))
         everywhere = [(a, b) for spans in taken for a, b in spans]
         offset = first_gap(everywhere, num_bytes, self.num_bytes)
         if offset is None:
@@ -69,18 +67,8 @@ class Heap:
             )
         self._taken.add((offset, offset + num_bytes))
         piece = Piece(offset, num_bytes, self._address + offset)
-
-        def zeroed() -> int:
-            _zero(piece.address, num_bytes)
-            return offset
-
-        # Nobody may write into a piece before its owner has zeroed it, nor anywhere but there.
-        offsets = together(group, "heap zeroed", zeroed, timeout_s)
-        if any(other != offset for other in offsets):
-            raise DisagreementError(
-                f"ranks place the workspace at the offsets {offsets} of their symmetric memory; one was late "
-                "for an earlier communicator on this group: make a new one (torch.distributed.new_group)"
-            )
+        # Nobody may write into a piece before its owner has zeroed it.
+        meeting.together("heap zeroed", lambda: _zero(piece.address, num_bytes))
         return piece
 
     def release(self, piece: Piece) -> None:

@@ -19,7 +19,7 @@ from nvrar.gpu.kernel import NO_FAILURE
 from nvrar.gpu.layout import LL, LL128, num_parts, shapes_worth_trying
 from nvrar.hardware import device_name
 from nvrar.host import type_name
-from nvrar.meeting import exchange_values
+from nvrar.meeting import Meeting, exchange_values
 from nvrar.plan import Plan
 from nvrar.table import Key, Trial
 from nvrar.topology import Topology
@@ -139,8 +139,8 @@ class GpuLab:
         return heard[0]
 
     def _new_executor(self, algorithms: Callable[[str], dict[Algorithm, int]]) -> GpuExecutor:
-        timeout_s = self._settings.timeout_s
-        return GpuExecutor(self._group, self.topology, algorithms, timeout_s, _BUDGET_S)
+        meeting = Meeting(self._group, "tune", self._settings.timeout_s)
+        return GpuExecutor(meeting, self.topology, algorithms, _BUDGET_S)
 
 
 class _Launched:

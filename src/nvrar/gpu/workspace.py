@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from nvrar.errors import ArgumentError
 from nvrar.gpu import heap, layout, links
 from nvrar.gpu.algorithms import Algorithm
 from nvrar.gpu.layout import LL, LL128, Format
-from nvrar.meeting import exchange_values, together
+from nvrar.meeting import Meeting
 from nvrar.plan import Plan
 from nvrar.topology import Topology
 
@@ -32,12 +31,11 @@ LINKS = (
 
 
 class Workspace:
-    """Collective to make over ``group``. Each format has its own region, for both parities.
+    """Collective to make. Each format has its own region, for both parities.
 
     Args:
         algorithms: told the link (:class:`nvrar.table.Key`), gives every algorithm that may run with its
             largest message in bytes; equal on all ranks. It sizes the regions.
-        timeout_s: bound on waits for peers.
 
     Raises:
         GpuUnavailable: the heap has no place for it.
@@ -48,20 +46,20 @@ class Workspace:
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        meeting: Meeting,
         topology: Topology,
         algorithms: Callable[[str], dict[Algorithm, int]],
-        timeout_s: float,
     ) -> None:
         self._topology = topology
-        self._position = topology.position_of(group.rank())
-        self._heap = heap.open_heap("", timeout_s)
-        self._pes = exchange_values(group, "pe", self._heap.pe, timeout_s)
+        rank = meeting.group.rank()
+        self._position = topology.position_of(rank)
+        self._heap = heap.open_heap("", meeting.timeout_s)
+        self._pes = meeting.exchange("pe", self._heap.pe)
         self._mapped = [self._heap.is_mapped(pe) for pe in self._pes]
         device = links.Device.current()
-        devices = exchange_values(group, "gpu", device.to_json(), timeout_s)
-        peers = [links.Device.from_json(d) for r, d in enumerate(devices) if r != group.rank()]
-        reached = together(group, "transport", lambda: self._link(device, peers), timeout_s)
+        devices = meeting.exchange("gpu", device.to_json())
+        peers = [links.Device.from_json(d) for r, d in enumerate(devices) if r != rank]
+        reached = meeting.together("transport", lambda: self._link(device, peers))
         # The worst that any rank has.
         self.link = max(reached, key=LINKS.index)
         largest = algorithms(self.link)
@@ -69,7 +67,7 @@ class Workspace:
         inbox_bytes = 2 * sum(self._region_bytes.values())
         # Inboxes, and behind them an outbox of the LL region's size where anything travels by put.
         outbox_bytes = 2 * self._region_bytes[LL] if self.link in ("network", "put") else 0
-        self._piece = self._heap.allocate(group, inbox_bytes + outbox_bytes, timeout_s)
+        self._piece = self._heap.allocate(meeting, inbox_bytes + outbox_bytes)
         self._outbox = self._piece.address + inbox_bytes
         self._libraries: list[ObjectCode] = []
 
