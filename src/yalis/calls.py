@@ -18,16 +18,15 @@ class Calls:
     """Whoever has state that half a call would spoil passes its calls through `run`.
 
     `reset` makes that state as new. It is called where a call raises, and again before the next one where an
-    interrupt has broken it off too.
+    interrupt has broken it off too. It is not kept: its owner could not be let go of by reference counting.
     """
 
-    def __init__(self, reset: Callable[[], None]) -> None:
-        self._reset = reset
+    def __init__(self) -> None:
         self._postponed: deque[Callable[[], object]] = deque()
         # Reentrant, so that an interrupt just after it was taken does not lock this thread out for ever.
         self._lock, self._is_inside, self._is_whole = threading.RLock(), False, True
 
-    def run(self, call: Callable[[], T]) -> T:
+    def run(self, call: Callable[[], T], reset: Callable[[], None]) -> T:
         """What it returns. Raises YalisError in the middle of another call, which goes on unharmed."""
         if not self._lock.acquire(blocking=False):
             raise YalisError(
@@ -44,7 +43,7 @@ class Calls:
         try:
             self._is_inside = True
             if not self._is_whole:
-                self._reset()
+                reset()
             self._is_whole = False
             result = call()
             while self._postponed:
@@ -53,15 +52,15 @@ class Calls:
             return result
         except BaseException:
             with suppress(Exception):  # what comes of an error is not the error
-                self._reset()
+                reset()
                 self._is_whole = True
             raise
         finally:
             self._is_inside = False
             self._lock.release()
 
-    def postpone(self, call: Callable[[], object]) -> None:
+    def postpone(self, call: Callable[[], object], reset: Callable[[], None]) -> None:
         """Run it now, or at the end of the call that is under way. For any thread, and any place in one."""
         self._postponed.append(call)
         with suppress(YalisError):
-            self.run(lambda: None)
+            self.run(lambda: None, reset)

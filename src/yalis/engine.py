@@ -85,7 +85,7 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._under_way: deque[Step] = deque()
         self.num_drawn_tokens = 0
-        self._calls = Calls(self._drop_all)
+        self._calls = Calls()
 
     @property
     def has_work(self) -> bool:
@@ -110,7 +110,7 @@ class Engine:
         RequestError when it could never fit the cache; the others are unharmed.
         """
         self.check(request)
-        return self._calls.run(lambda: self._add(request, is_streamed))
+        return self._calls.run(lambda: self._add(request, is_streamed), self._drop_all)
 
     def _add(self, request: Request, is_streamed: bool) -> int:
         max_len, params = self._max_len(request), request.params
@@ -140,7 +140,7 @@ class Engine:
 
     def cancel(self, request_id: int) -> RequestOutput | None:
         """Stop a request: what it has so far, or None when it is not under way. No update follows."""
-        return self._calls.run(lambda: self._cancel(request_id))
+        return self._calls.run(lambda: self._cancel(request_id), self._drop_all)
 
     def _cancel(self, request_id: int) -> RequestOutput | None:
         live = self._live.pop(request_id, None)
@@ -157,7 +157,9 @@ class Engine:
         """Cancel these; where a call is under way, at its end. For any thread, and for the garbage collector,
         which may close a stream in the middle of a step.
         """
-        self._calls.postpone(lambda: [self._cancel(request_id) for request_id in request_ids])
+        self._calls.postpone(
+            lambda: [self._cancel(request_id) for request_id in request_ids], self._drop_all
+        )
 
     def settle(self) -> None:
         """Wait for steps that were begun in advance and whose requests have ended. Raises YalisError while
@@ -170,7 +172,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """Compute one step; the news of it. Empty while prompts are being read."""
-        return self._calls.run(self._step)
+        return self._calls.run(self._step, self._drop_all)
 
     def _step(self) -> list[Update]:
         self._submit()
