@@ -106,6 +106,12 @@ class Plan:
         return tuple(level.radix for level in self.levels)
 
     @property
+    def inner_parts(self) -> int:
+        """Parts of the block that the first split leaves to a rank: what a GPU's kernel has in registers."""
+        splits = [level.radix for level in self.levels if level.mode == "split"]
+        return prod(splits[1:])
+
+    @property
     def num_steps(self) -> int:
         """Message latencies on the way from first to last byte."""
         return sum(2 if level.mode == "split" else 1 for level in self.levels)

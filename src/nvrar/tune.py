@@ -11,6 +11,9 @@ from nvrar.plan import Level, Mode, Plan
 from nvrar.table import Table, Trial, bucket
 from nvrar.topology import Topology
 
+# Of `Plan.inner_parts`: with 16 kernels spill registers and take up to 16 s to compile, with 64 two minutes.
+MOST_INNER_PARTS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -75,7 +78,7 @@ class Chooser:
 def choose(
     topology: Topology, num_bytes: int, machine: Machine, deterministic: bool = False
 ) -> Plan:
-    """The plan with the least predicted time; of equals, the one with fewer levels.
+    """The plan with the least predicted time, of :func:`are_few_parts`; of equals, the one with fewer levels.
 
     Sizes are told apart by their next power of two. ``deterministic`` keeps to
     :func:`pinned_radices`, whatever the size, so that the bits of a result do not depend on the size of
@@ -84,17 +87,27 @@ def choose(
     # What a level costs depends on those before it only by its stride and by the parts that they cut. So of
     # all ways to get there the fastest will do; there are thousands of plans for a hundred nodes.
     size = bucket(num_bytes)
-    ways: dict[tuple[int, int], tuple[float, int, str, Plan]] = {(1, 1): (0.0, 0, "", Plan(()))}
+    ways: dict[tuple[int, int, int], tuple[float, int, str, Plan]]
+    ways = {(1, 1, 1): (0.0, 0, "", Plan(()))}  # by stride, parts and inner parts
     for stride in _strides(topology):
-        for parts in [parts for at, parts in ways if at == stride]:
-            spent_us, depth, _, before = ways[stride, parts]
+        for found in [found for found in ways if found[0] == stride]:
+            spent_us, depth, _, before = ways[found]
             for level in _next_levels(topology, stride, deterministic):
-                cost = level_cost(level, stride, topology, size / parts, machine)
                 plan = Plan((*before.levels, level))
+                if not are_few_parts(plan):
+                    continue
+                cost = level_cost(level, stride, topology, size / found[1], machine)
                 way = (spent_us + cost.time_us, depth + 1, str(plan), plan)
-                to = stride * level.radix, parts * (level.radix if level.mode == "split" else 1)
+                parts = found[1] * (level.radix if level.mode == "split" else 1)
+                to = (stride * level.radix, parts, plan.inner_parts)
                 ways[to] = min(ways.get(to, way), way)
-    return min(way for (at, _), way in ways.items() if at == topology.world_size)[-1]
+    return min(way for at, way in ways.items() if at[0] == topology.world_size)[-1]
+
+
+def are_few_parts(plan: Plan) -> bool:
+    """Whether kernels for it are lean. What splits beyond that would save is little: the levels inside have
+    an eighth of the first split's block as it is."""
+    return plan.inner_parts <= MOST_INNER_PARTS
 
 
 def _strides(topology: Topology) -> list[int]:
@@ -134,6 +147,6 @@ def worth_trying(
 ) -> tuple[Plan, ...]:
     """The plans to measure for a size: the ``most`` fastest by the model, and, so that a deterministic
     communicator has a choice too, the two fastest of :func:`pinned_radices`."""
-    ranked = [plan for plan, _ in ranking(topology, num_bytes, machine)]
+    ranked = [p for p, _ in ranking(topology, num_bytes, machine) if are_few_parts(p)]
     pinned = [plan for plan in ranked if plan.radices == pinned_radices(topology)]
     return tuple(dict.fromkeys([*ranked[:most], *pinned[:2]]))
