@@ -71,7 +71,7 @@ class Communicator:
             ``"direct"``, ``"halving-doubling"``), a word (``"split:4 exchange:2"``) or a Plan.
         max_bytes: larger messages go to ``torch.distributed.all_reduce``.
         timeout_s: bound on every wait for a peer, creation included; but a peer may take five minutes more
-            to compile its kernels.
+            to compile its kernels, and NVSHMEM, which starts with the first communicator, has no bound.
         deterministic: ``plan="auto"`` keeps one list of radices for all sizes, so that the bits of a
             result do not depend on the size of the message it was part of.
         wire_dtype: ``torch.float32`` keeps 16-bit inputs in fp32 across levels and rounds once, at the
@@ -173,9 +173,10 @@ class Communicator:
             ``out``, or the new tensor. No gradient flows through it; with ``out=x`` that of x stays as it
             was. Where one should, call it in a ``torch.autograd.Function``.
 
-        float32, float64, float16, bfloat16, int32 and int64 run the plan; other types, and more than
-        ``max_bytes``, go to ``torch.distributed.all_reduce``. 16-bit types are added in fp32, in digit
-        order, and rounded once a level. Works under ``torch.compile(fullgraph=True)``.
+        float32, float64, float16, bfloat16, int32 and int64 run the plan, on GPUs sum and max of float32,
+        float16, bfloat16 and int32; others, and more than ``max_bytes``, go to
+        ``torch.distributed.all_reduce``. 16-bit types are added in fp32, in digit order, and rounded once a
+        level. Works under ``torch.compile(fullgraph=True)``.
 
         Raises:
             ArgumentError: this rank's arguments cannot work; the others are told, see next.

@@ -181,7 +181,8 @@ def _check_equal(said: list[dict[str, Any]]) -> None:
 def _detected(group: dist.ProcessGroup, said: list[dict[str, Any]]) -> Topology:
     import torch.distributed as dist
 
-    return from_sightings([s["sighting"] for s in said], dist.get_process_group_ranks(group))
+    ranks, is_first = dist.get_process_group_ranks(group), group.rank() == 0
+    return from_sightings([s["sighting"] for s in said], ranks, is_first=is_first)
 
 
 def _without_gpu(said: list[dict[str, Any]]) -> str:

@@ -117,7 +117,8 @@ class Topology:
 
         group = resolve_group(group)
         sightings = exchange_values(group, "topology", sighting(os.environ), timeout_s)
-        return from_sightings(sightings, dist.get_process_group_ranks(group))
+        ranks = dist.get_process_group_ranks(group)
+        return from_sightings(sightings, ranks, is_first=group.rank() == 0)
 
 
 def sighting(environment: Mapping[str, str]) -> dict[str, str]:
@@ -148,16 +149,21 @@ def is_srun_task(environment: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP)
 
 
-def from_sightings(sightings: Sequence[Mapping[str, str]], global_ranks: Sequence[int]) -> Topology:
-    """The topology that a list of sightings, one per group rank, amounts to. Pure."""
+def from_sightings(
+    sightings: Sequence[Mapping[str, str]], global_ranks: Sequence[int], *, is_first: bool = True
+) -> Topology:
+    """The topology that a list of sightings, one per group rank, amounts to. ``is_first``: whether this rank
+    warns of nodes that are unequal."""
     override = {s.get("NVRAR_RANKS_PER_NODE") for s in sightings}
     if override != {None}:
-        return _overridden(override, global_ranks)
-    source = next(s for s in _SOURCES if all(s in seen for seen in sightings))
-    return _grouped([seen[source] for seen in sightings], source)
+        source, nodes = "NVRAR_RANKS_PER_NODE", _overridden(override, global_ranks)
+    else:
+        source = next(s for s in _SOURCES if all(s in seen for seen in sightings))
+        nodes = [seen[source] for seen in sightings]
+    return _grouped(nodes, source, logging.WARNING if is_first else logging.DEBUG)
 
 
-def _overridden(values: set[str | None], global_ranks: Sequence[int]) -> Topology:
+def _overridden(values: set[str | None], global_ranks: Sequence[int]) -> list[str]:
     if len(values) > 1:
         shown = ", ".join(sorted("unset" if v is None else repr(v) for v in values))
         raise TopologyError(
@@ -168,16 +174,17 @@ def _overridden(values: set[str | None], global_ranks: Sequence[int]) -> Topolog
         raise TopologyError(
             f"NVRAR_RANKS_PER_NODE is {text!r}; it must be a whole number of at least 1"
         )
-    return _grouped([str(rank // int(text)) for rank in global_ranks], "NVRAR_RANKS_PER_NODE")
+    return [str(rank // int(text)) for rank in global_ranks]
 
 
-def _grouped(nodes: Sequence[str], source: str) -> Topology:
+def _grouped(nodes: Sequence[str], source: str, level: int) -> Topology:
     members: dict[str, list[int]] = {}
     for rank, node in enumerate(nodes):
         members.setdefault(node, []).append(rank)
     counts = [len(ranks) for ranks in members.values()]
     if len(set(counts)) > 1:
-        log.warning(
+        log.log(
+            level,
             "nodes hold unequal numbers of ranks (%s, by %s): using a flat plan over %d ranks. "
             "Start the same number of ranks on every node for a hierarchical one.",
             counts, source, len(nodes),
