@@ -40,8 +40,8 @@ if [ "$gpus" -gt 0 ] && wanted checks; then
     done
     # Last, since ranks that take turns on a GPU need minutes for so many calls.
     [ -z "$shared" ] || echo "two ranks that share a GPU need a tenth of the time with nvidia-cuda-mps-control -d"
-    checks 120 "1x$ranks" storm memory
-    NVRAR_TRANSPORT=put checks 60 "1x$ranks" storm
+    checks 120 "1x$ranks" storm memory successors
+    NVRAR_TRANSPORT=put checks 90 "1x$ranks" storm successors
 fi
 if [ "$gpus" -ge "$ranks" ] && wanted bench; then
     sizes=1K,4K,16K,64K,128K,256K

@@ -70,13 +70,10 @@ def seat(environment: Mapping[str, str]) -> Seat | None:
         )
     elif is_srun_task(environment):  # nobody else would come to a batch script
         total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-        num_tasks = _number(environment, total)
-        if num_tasks == 1:  # a shell by `srun --pty`: its user starts ranks from there, as anywhere
-            return None
         found = Seat(
             "Slurm",
             _number(environment, "SLURM_PROCID"),
-            num_tasks,
+            _number(environment, total),
             _number(environment, "SLURM_LOCALID", "0"),
             *_slurm_address(environment),
         )

@@ -145,8 +145,11 @@ def boot_id() -> str:
 
 
 def is_srun_task(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm's srun started this process, or one that it comes from."""
-    return "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP)
+    """Whether Slurm's srun started this process, or one that it comes from, among others. A step of one task
+    is a shell (``srun --pty``) or a daemon, whose processes are counted by who starts them."""
+    is_task = "SLURM_PROCID" in environment and any(name in environment for name in _SRUN_STEP)
+    num_tasks = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
+    return is_task and num_tasks != "1"
 
 
 def from_sightings(
