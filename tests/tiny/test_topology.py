@@ -31,7 +31,8 @@ def test_a_sighting_by_launcher() -> None:
     # whom mpirun starts beside it.
     script = {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
     assert list(sighting({"GROUP_RANK": "1"} | script)) == ["host name"]
-    daemon = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}  # mpirun's, whose step counts from 0 again
+    # A daemon of mpirun's is a step of its own, whose nodes count from 0 again.
+    daemon = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     assert list(sighting(script | daemon)) == ["host name"]
 
 
