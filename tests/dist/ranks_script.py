@@ -15,7 +15,7 @@ import torch._inductor.config
 import torch.distributed as dist
 
 import nvrar
-from nvrar.gpu import heap, jit
+from nvrar.gpu import jit
 from nvrar.gpu.includes import CompileError
 from nvrar.rms_norm import add_rms_norm
 from nvrar.testing import reference_all_reduce
@@ -364,7 +364,7 @@ def check_memory() -> None:
 
 
 def check_successors() -> None:
-    """Communicators that come and go leave no memory behind, nor kernels that NVSHMEM still writes to."""
+    """Communicators that come and go share their kernels, and leave no memory behind."""
     x = torch.full((500,), 2.0, device=DEVICE)
     free = []
     for i in range(20):
@@ -376,7 +376,6 @@ def check_successors() -> None:
         torch.cuda.empty_cache()
         free.append(torch.cuda.mem_get_info()[0])
     assert free[9] - free[-1] < 4 << 20, free
-    assert not heap.open_heap("", 1.0)._libraries
 
 
 def check_late() -> None:

@@ -34,7 +34,7 @@ class Nvshmem:
 
     def __init__(self, is_mapped: bool = True, fails: bool = False) -> None:
         self.is_mapped, self.fails = is_mapped, fails
-        self.states: dict[int, weakref.ref] = {}  # where it writes its state, whenever one is added
+        self.told: list[int] = []  # where it writes its state, whenever one is added
 
     def my_pe(self) -> int:
         return 0
@@ -52,15 +52,9 @@ class Nvshmem:
         pass
 
     def culibrary_init(self, handle: int) -> int:
-        assert all(library() is not None for library in self.states.values()), (
-            "written to when unloaded"
-        )
-        self.states[handle] = Library.loaded[handle]
+        self.told.append(handle)
+        assert all(Library.loaded[told]() is not None for told in self.told), "unloaded"
         return 7 if self.fails else 0
-
-    def culibrary_finalize(self, handle: int) -> int:
-        assert self.states.pop(handle)() is not None
-        return 0
 
     def hostlib_init_attr(self, flags: int, attributes: int) -> None:
         if self.fails:
@@ -153,20 +147,18 @@ def test_memory_is_given_back_on_its_own_gpu(make, current: list[int], monkeypat
     assert made._workspace._heap._taken == set()
 
 
-@pytest.mark.parametrize("is_closed", [True, False])
-def test_nvshmem_writes_to_no_library_that_was_unloaded(make, is_closed: bool) -> None:
-    """Though a communicator be closed, or deleted and never closed: the next one's kernels would fail."""
+def test_a_library_is_told_of_nvshmem_once_and_kept(make) -> None:
+    """NVSHMEM writes its state into every library that it was told of, whenever it is told of another."""
     nvshmem = Nvshmem(is_mapped=False)
-    for handle in (1, 2, 3):
+    shared = Library(1)
+    for handle in (2, 3):
         made = make(nvshmem)
-        made.initialise(Library(1 if is_closed else handle))
-        if is_closed:
-            made._heap.finish_puts = lambda: None
-            made.release()
-            assert nvshmem.states == {}
-        del made
+        made.initialise(shared)
+        made.initialise(Library(handle))
+        made._heap.finish_puts = lambda: None
+        made.release()
         gc.collect()
-    assert len(nvshmem.states) == (0 if is_closed else 3)
+    assert nvshmem.told == [1, 2, 3]
 
 
 def test_a_library_that_nvshmem_does_not_take_is_said(make) -> None:

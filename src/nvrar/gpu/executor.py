@@ -70,7 +70,6 @@ class GpuExecutor:
         self.failure = kernel.Failure.from_address(self._failure_memory.data_ptr())
         self._budget_ticks = kernel.budget_ticks(budget_s)
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
-        self._libraries: list[object] = []
         # The stream itself and not its handle: the default stream's is 0, which names no stream to torch.
         self._last_stream: torch.cuda.Stream | None = None
         self._last_raw_stream: int | None = None
@@ -235,7 +234,6 @@ class GpuExecutor:
             library = jit.load(spec)
             if spec.uses_put:
                 self._workspace.initialise(library)
-            self._libraries.append(library)
             self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
         return self._functions[spec]
 

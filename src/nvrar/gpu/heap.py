@@ -46,6 +46,7 @@ class Heap:
         self.pe: int = self._nvshmem.my_pe()
         self.device_index = torch.cuda.current_device()
         self._taken: set[tuple[int, int]] = set()
+        # By handle; NVSHMEM writes to all of them, whenever it is told of another.
         self._libraries: dict[int, ObjectCode] = {}
 
     def allocate(self, meeting: Meeting, num_bytes: int) -> Piece:
@@ -82,12 +83,13 @@ class Heap:
         stream.synchronize()
 
     def initialise(self, library: ObjectCode) -> None:
-        """Tells a loaded library whose kernels put where NVSHMEM's device state is. It stays loaded until
-        :meth:`forget`: NVSHMEM writes its state into every library that it was told of, again and again.
+        """Tells a loaded library whose kernels put where NVSHMEM's device state is, unless it was told.
 
         Raises:
             GpuUnavailable: NVSHMEM did not take it.
         """
+        if int(library.handle) in self._libraries:
+            return
         status = self._nvshmem.culibrary_init(int(library.handle))
         if status:
             raise GpuUnavailable(
@@ -95,11 +97,6 @@ class Heap:
                 "nvshmem4py may be of different versions: pip install -U both"
             )
         self._libraries[int(library.handle)] = library
-
-    def forget(self, library: ObjectCode) -> None:
-        """None of its kernels may be under way."""
-        self._nvshmem.culibrary_finalize(int(library.handle))
-        del self._libraries[int(library.handle)]
 
     def is_mapped(self, pe: int) -> bool:
         """Whether plain loads and stores reach the memory of ``pe``."""

@@ -97,8 +97,10 @@ class KernelSpec:
         )
 
 
+@cache
 def load(spec: KernelSpec) -> ObjectCode:
-    """The kernel as a library of the current CUDA context, from the cache if it is there."""
+    """The kernel as a library of this process. All communicators share it, and it stays: it has no state but
+    NVSHMEM's, and cuda-core unloads none."""
     from cuda.core import ObjectCode
 
     return ObjectCode.from_cubin(cubin(spec), name=ENTRY)

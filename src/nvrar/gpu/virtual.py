@@ -76,7 +76,6 @@ class VirtualCluster:
         )
         self._is_hopper = properties.major >= 9
         self._num_processors = properties.multi_processor_count
-        self._libraries: list[object] = []
         self._functions: dict[jit.KernelSpec, kernel.Function] = {}
         self._table = [self._rank_args(r, budget_s) for r in range(self.num_ranks)]
 
@@ -100,9 +99,8 @@ class VirtualCluster:
     def _function(self, *, whole: bool = True, rows: bool = False) -> kernel.Function:
         spec = replace(self._spec, whole=whole, rows=rows)
         if spec not in self._functions:
-            library = jit.load(spec)
-            self._libraries.append(library)
-            self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
+            handle = int(jit.load(spec).get_kernel(jit.ENTRY).handle)
+            self._functions[spec] = kernel.Function(handle)
         return self._functions[spec]
 
     def _room(self, function: kernel.Function, shared_bytes: int = 0) -> Room:

@@ -69,7 +69,6 @@ class Workspace:
         outbox_bytes = 2 * self._region_bytes[LL] if self.link in ("network", "put") else 0
         self._piece = self._heap.allocate(meeting, inbox_bytes + outbox_bytes)
         self._outbox = self._piece.address + inbox_bytes
-        self._libraries: list[ObjectCode] = []
 
     def _link(self, device: links.Device, peers: Sequence[links.Device]) -> str:
         """How this rank reaches its peers: one of LINKS."""
@@ -127,16 +126,13 @@ class Workspace:
         )
 
     def initialise(self, library: ObjectCode) -> None:
-        """What :meth:`nvrar.gpu.heap.Heap.initialise` does, until :meth:`release`."""
+        """See :meth:`nvrar.gpu.heap.Heap.initialise`."""
         self._heap.initialise(library)
-        self._libraries.append(library)
 
     def release(self) -> None:
         """Gives the memory back; local. No launch may be under way."""
         if self.link == "put" or not all(self._mapped):
             self._heap.finish_puts()  # the peers have what this rank sent, the outbox may still be read
-        while self._libraries:
-            self._heap.forget(self._libraries.pop())
         self._heap.release(self._piece)
 
 
