@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Two parts of yalis on one GPU, timed: drawing tokens, and getting weights (random ones, and from a disk).
 
 PYTHONPATH=src python benchmarks/yalis_parts.py [--config examples/configs/llama-3.1-8b] [--folder /tmp/c]

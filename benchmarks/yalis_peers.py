@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Milliseconds a token of one request, with random weights of a config's shape, in one process: yalis beside
 transformers with a static cache, which it compiles on a GPU, and gpt-fast, where a clone of it is named.
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Continue a prompt on four local ranks that play two nodes.
 
     yalis make-checkpoint /tmp/tiny-llama

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Random arrivals and cancellations, for as long as one likes: `soak_yalis.py [SECONDS [RANKS]]`.
 
 Every request must end with the tokens that it gets alone, and nothing may grow. No test: run it by hand.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A fast all-reduce for tensor parallelism beyond one node. See README.md and docs/architecture.md."""
 
 from nvrar._version import __version__

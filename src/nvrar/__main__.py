@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m nvrar`` is the command ``nvrar``: the form that torchrun's -m takes."""
 
 import sys

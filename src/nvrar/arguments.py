@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a call can work with what it was given. Pure, but for looking at the tensors' layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long an all-reduce takes: contenders side by side, in one interleaved run.
 
 For each size every contender is first checked (:mod:`nvrar.verify`) and warmed up; then they take turns

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose fault it was that a call failed: what every rank tells the others of it.
 
 The one to blame is to be named on every rank, rather than the neighbour that merely waited for it too. So

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``nvrar`` command. Arguments in, functions elsewhere, text out.
 
 Every error is one line on stderr that names the value, the bound and the remedy. Exit codes: 0 done,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the user holds: an all-reduce over the ranks of a process group.
 
 tensor -> checks -> plan for its size -> executor -> tensor; or, where no executor can,

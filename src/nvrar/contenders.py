@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who takes part in a comparison of all-reduces: torch's own, and communicators with a plan each."""
 
 from __future__ import annotations

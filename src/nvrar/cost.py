@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan costs on a machine: the alpha-beta model, level by level.
 
 A level with k members and a block of m bytes costs, on a link of latency a, bandwidth b and wire

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan drawn as text: which ranks work together at each step, what they send, how long it takes."""
 
 from __future__ import annotations

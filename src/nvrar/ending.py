@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a communicator can still be called, and if not, why: what ended it, on this rank and in the job."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What can go wrong, by name. Every message gives the value, the bound and the remedy."""
 
 from __future__ import annotations

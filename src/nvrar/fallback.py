@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where no executor can: torch's own all-reduce, with what goes wrong in it told apart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this rank computes on, by name. A measured table holds for these names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executor 1: a plan carried out by point-to-point messages of a torch process group.
 
 Any backend that has isend and irecv, any device. It is the readable specification of what the GPU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host executor as a communicator uses it, for any tensor; where no executor can, torch's all-reduce."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is here: versions, devices, the topology this process would see, networks, executors.
 
 Needs no process group and no GPU; what cannot be found out is said, not raised.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tuner tries plans on CPUs: communicators with a plan each, over the process group's backend."""
 
 from __future__ import annotations

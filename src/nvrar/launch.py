@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How processes come together: join the group that a launcher started, or start local workers.
 
 torchrun and Slurm's srun tell a process its place by environment variables; :func:`seat` reads them and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the ranks of a process group meet: is the group usable, and what does each rank bring?
 
 Through the group's key-value store, so that ranks that disagree find out before any data is sent, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a communicator is asked for: whether it can work, and whether all ranks asked the same."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other all-reduces of one GPU host that come with torch, to be measured beside ours.
 
 They work on memory of their own kind, which a caller would have to copy into; here they are given it.

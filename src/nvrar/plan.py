@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan: the short list of levels that an all-reduce is made of, and the schedule it unrolls to.
 
 A position is written in mixed radix, ``position = d0 + k0*(d1 + k1*(d2 + ...))``. At level ``i`` a rank

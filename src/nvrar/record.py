@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a measurement must say about itself to be repeated: where, with what, by which command.
 
 Every row of JSON carries all of it, so that a row cut from its file still tells its story.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The communicators that live in this process, by name: operators of torch.compile are given strings."""
 
 from __future__ import annotations

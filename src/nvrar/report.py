@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measurements as people read them: a table for the terminal, a picture for the page."""
 
 from __future__ import annotations

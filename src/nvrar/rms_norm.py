@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a transformer layer does after its all-reduce: add the residual, normalise each row (RMSNorm).
 
 The operation as one definition for all executors: :func:`add_rms_norm` is the specification in torch, and

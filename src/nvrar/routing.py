@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who carries out a call: an executor, by which plan, or torch, and then why.
 
 Every answer is a pure function of the call and of what the ranks agreed on; so it is the same on all ranks

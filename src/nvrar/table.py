@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A measured table: for each size what was tried, how long it took, and how long torch's own took.
 
 Pure. A table records measurements; what follows from them for a message is :meth:`Table.best`.

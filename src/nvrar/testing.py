@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The all-reduce of a plan in one process: what every executor must give, bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a call is timed: one at a time from the host, or many of them in a CUDA graph.
 
 A clock is made of a call and gives samples in microseconds. Making one and asking it are collective where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who sits where: how many nodes, how many ranks on each, and in which order the ranks are counted.
 
 Everything here is a pure function of its arguments except :meth:`Topology.detect`, which asks the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which plan for which size. The same answer on every rank: a pure function of what all ranks share."""
 
 from __future__ import annotations

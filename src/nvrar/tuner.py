@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search behind ``nvrar tune``: what is worth trying, checked, timed, and written down as a table.
 
 Collective throughout: every rank does the same, and decides by times that all of them share.

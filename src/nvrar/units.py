@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes and times as people write them: ``256K`` in, ``256 KiB`` and ``1.2 ms`` out. Pure."""
 
 from __future__ import annotations

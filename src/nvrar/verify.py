@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is a result the sum that it should be? Asked of every contender before its time counts for anything.
 
 Three questions, the strictest that apply: the same bits as the plan's own order gives in one process;

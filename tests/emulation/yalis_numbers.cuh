@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: Apache-2.0
 // numbers.cuh on a CPU: the tensor core's product from what the lanes of a warp hold of it.
 #pragma once
 

@@ -1,4 +1,3 @@
-// SPDX-License-Identifier: Apache-2.0
 // ptx.cuh on a CPU. A copy to shared memory comes as late as it may: when it is waited for.
 #pragma once
 

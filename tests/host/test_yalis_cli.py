@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The command line: what it prints, where, and how it says no."""
 
 from __future__ import annotations

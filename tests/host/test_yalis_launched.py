@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Under torchrun and srun every rank runs the same script and gets the same outputs."""
 
 from __future__ import annotations

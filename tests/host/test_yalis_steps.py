@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Requests of every kind over two ranks, with steps prepared ahead: what one rank says, and nothing left."""
 
 from __future__ import annotations

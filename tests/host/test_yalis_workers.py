@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Local workers: they start by themselves, fail loudly, and never stay behind."""
 
 from __future__ import annotations

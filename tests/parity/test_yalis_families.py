@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Every family, split over 1, 2 and 4 ranks, is the model that transformers runs: logits and greedy text."""
 
 from __future__ import annotations

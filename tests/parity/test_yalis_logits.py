@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The model is the one that transformers runs: logits of the same checkpoint, token by token."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Penalties and filters are those of transformers' logits processors, in vLLM's order."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """From prompt to text as transformers does it: our own checkpoints, tokenizer, greedy search, end tokens."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the parity tests share: a checkpoint that transformers wrote, read by both."""
 
 from __future__ import annotations

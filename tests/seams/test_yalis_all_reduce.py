@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One model through every all-reduce, at every tensor-parallel size: the same tokens as on one rank."""
 
 from __future__ import annotations

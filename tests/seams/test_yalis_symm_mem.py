@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The all-reduces over symmetric memory, with torch's kernels played by a stand-in that doubles."""
 
 from __future__ import annotations

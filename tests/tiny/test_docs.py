@@ -122,6 +122,16 @@ def test_the_architecture_lists_every_module_once() -> None:
     assert len(listed) == len(set(listed))
 
 
+def test_every_file_of_the_packages_names_its_licence() -> None:
+    line = "SPDX-License-Identifier: Apache-2.0"
+    without = [p for kind in ("*.py", "*.cuh") for p in SRC.rglob(kind) if line not in _head(p)]
+    assert not without
+
+
+def _head(path: Path) -> str:
+    return path.read_text().partition("\n")[0]
+
+
 @pytest.mark.parametrize(
     ("program", "main"), [("nvrar", nvrar.cli.main), ("yalis", yalis.cli.main)]
 )

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """yalis's kernels in CUDA C++ on a CPU, launched as on a GPU: their results, addresses and bits."""
 
 from __future__ import annotations

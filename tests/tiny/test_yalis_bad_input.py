@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What cannot work is refused by name, with the remedy, and before any process starts."""
 
 from __future__ import annotations

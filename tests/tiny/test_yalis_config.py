@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """config.json as the families' checkpoints write it."""
 
 from __future__ import annotations

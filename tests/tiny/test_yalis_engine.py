@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the engine decides, step by step, over a model that hashes its context."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One rank, the whole way: batches against single prompts, what ends a text, whose seed counts."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """With `batch_invariant` a token's bits follow from its own sequence, whatever else is in a step."""
 
 from __future__ import annotations

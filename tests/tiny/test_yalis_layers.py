@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A decoder's arithmetic: the order of roundings, and that a GPU's kernels are asked for the same thing."""
 
 from __future__ import annotations

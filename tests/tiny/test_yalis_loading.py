@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Each rank reads its own part of the checkpoint, and the parts make up the whole."""
 
 from __future__ import annotations

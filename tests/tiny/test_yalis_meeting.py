@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Ranks that load wait for the slowest, and hear at once of one that failed."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A bar on a terminal when it takes long, lines in a log, and nothing for what is quick."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The parts that decide without tensors: splits, launchers, the text of growing tokens."""
 
 from __future__ import annotations

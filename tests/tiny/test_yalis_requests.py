@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Requests on a real, small model: what is shared, cut up, streamed, cancelled or broken changes no token."""
 
 from __future__ import annotations

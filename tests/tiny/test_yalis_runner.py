@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One rank's steps, without an engine around them."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Draws follow the distribution that a request's parameters ask for, and nothing else."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Whatever comes and goes beside it, a request gets the tokens that it gets alone; no block is lost."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A model without weights, for tests of what is around one: a token is the hash of its whole context.
 
 What it keeps of a token in its cache hashes all that came before, as keys and values do in effect. It reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvrar bench``: plans beside ``torch.distributed.all_reduce``; as a table, as JSON lines, as a picture.
 
 Under torchrun or srun it joins the job; otherwise it starts the ranks itself, on this machine, and they

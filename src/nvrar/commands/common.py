@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What several commands share: the layout of the ranks and the machine, as arguments."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvrar info``: what is here, what is missing, and what would be chosen."""
 
 from __future__ import annotations

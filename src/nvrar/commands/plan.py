@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvrar plan``: the plans for a topology and a size by predicted time, and one of them drawn."""
 
 from __future__ import annotations

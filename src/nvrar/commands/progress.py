@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bar on stderr for what takes longer than a second."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a command comes to its ranks: joins a launcher's job, or starts them on this machine."""
 
 from __future__ import annotations

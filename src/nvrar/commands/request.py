@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a bench is asked for: its options, read and checked as far as one process can."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvrar tune``: measures what is worth trying on this machine, and keeps the table for ``plan="auto"``.
 
 Ranks come together as those of ``nvrar bench`` do.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``nvrar bench --virtual NxG``: the plans of any topology on one GPU, checked bit for bit."""
 
 from __future__ import annotations

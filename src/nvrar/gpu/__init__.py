@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executor 2: the plan as one fused CUDA kernel."""
 
 from __future__ import annotations

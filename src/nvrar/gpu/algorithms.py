@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which plan in which packets for which size, and what workspace that takes. Pure."""
 
 from __future__ import annotations

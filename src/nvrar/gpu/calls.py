@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU executor as a communicator uses it: any tensor in, one launch out."""
 
 from __future__ import annotations

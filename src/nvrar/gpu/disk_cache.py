@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machine code kept on disk between processes, by a key that says all it depends on."""
 
 from __future__ import annotations

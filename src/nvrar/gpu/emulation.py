@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All ranks of a topology on one GPU: is every plan right there, and how long does the emulation take?
 
 The times are of one GPU that plays all ranks: they say nothing of a network, and compare at most plans with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Executor 2: all-reduces of one communicator on this rank's GPU, one launch each."""
 
 from __future__ import annotations

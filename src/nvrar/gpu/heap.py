@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVSHMEM's symmetric heap: one per process, cut into pieces for communicators.
 
 NVSHMEM is initialised once for all ranks of the default process group, or found initialised by torch or

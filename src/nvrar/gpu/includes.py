@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the headers and libraries are that kernels are compiled against: wheels, else a toolkit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a plan to a loaded kernel: generate, compile with NVRTC, link with nvJitLink, keep on disk.
 
 No nvcc and no toolkit: the compilers and headers come as wheels, CUDA C++ sources as package data.

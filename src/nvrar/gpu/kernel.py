@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One compiled kernel and its arguments, ready to launch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tuner tries plans on GPUs: any plan, in any packets and launch, on one executor."""
 
 from __future__ import annotations

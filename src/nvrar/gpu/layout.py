@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where packets lie: how a message is cut into units, and a rank's inbox into slots.
 
 Pure, and the host's view of csrc/plan.cuh and csrc/packet.cuh. A message is cut into ``num_parts``

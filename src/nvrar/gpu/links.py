@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What joins this GPU to a peer's: NVLink keeps 128-byte lines whole, PCIe may tear them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The virtual cluster: N x G ranks side by side in one launch on one GPU, from the same device code.
 
 Grid dimension y is the rank; the ranks' inboxes are slices of one allocation, and stores into a peer's

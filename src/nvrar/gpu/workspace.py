@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A communicator's memory on the symmetric heap, and how each peer's is reached."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where measured tables are kept, and which of them hold here.
 
 ``NVRAR_TUNE_TABLE``, a table or a folder of them, goes before all; ``off`` means none. Else the user's cache,
