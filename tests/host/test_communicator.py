@@ -88,9 +88,8 @@ def test_detection(env: list[dict[str, str]], topology: Topology) -> None:
 
 def test_uneven_nodes_are_flat_and_said() -> None:
     env = [torchrun(n) for n in (0, 0, 1)]
-    assert (
-        run(detected, 3, env=env) == [(Topology(3, 1), 2)] * 3
-    )  # once for each of the two detections
+    # By one rank, once for each of the two detections.
+    assert run(detected, 3, env=env) == [(Topology(3, 1), said) for said in (2, 0, 0)]
 
 
 def misled(rank: int) -> str:
