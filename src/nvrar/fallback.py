@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvrar.errors import ArgumentError
+from nvrar.host import is_plain
 from nvrar.meeting import is_destroyed
 
 _TORCH_OPS = {
@@ -43,9 +44,8 @@ def all_reduce_by_torch(
         ArgumentError: the backend lacks the type or the operation; the same on every rank.
         CollectiveLost: a rank died or did not come by ``wait_until``, or the group was destroyed.
     """
-    # c10d does not take what is conjugated only by its look at memory.
-    direct = out.is_contiguous() and not out.is_conj()
-    total = out if direct else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dense = torch.contiguous_format
+    total = out if is_plain(out) else torch.empty_like(x, memory_format=dense)
     if total is not x:
         total.copy_(x)
     on_cpu = total.device.type == "cpu"

@@ -59,6 +59,12 @@ def backend_of(group: dist.ProcessGroup, device: str) -> str:
     return backends.get(device) or ",".join(map(":".join, backends.items()))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its elements one after the other and as they are: neither strided, nor
+    conjugated or negated only by its look at memory, as ``z.conj().imag`` is. c10d ignores that look."""
+    return tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj())
+
+
 def wire_type(dtype: torch.dtype, wire_dtype: torch.dtype | None) -> torch.dtype:
     """What a tensor of ``dtype`` is sent as: ``wire_dtype`` widens the 16-bit types and no other."""
     return wire_dtype if wire_dtype is not None and dtype in WIDE else dtype

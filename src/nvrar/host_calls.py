@@ -10,7 +10,7 @@ import torch
 
 from nvrar.blame import Report
 from nvrar.fallback import CollectiveLost, all_reduce_by_torch
-from nvrar.host import HostExecutor, PeerLost, wire_type
+from nvrar.host import HostExecutor, PeerLost, is_plain, wire_type
 from nvrar.meeting import is_destroyed
 from nvrar.plan import Plan
 from nvrar.topology import Topology
@@ -49,9 +49,9 @@ class HostCalls:
     ) -> None:
         """Of any layout, of a type of :data:`nvrar.host.DTYPES`."""
         wire = wire_type(x.dtype, self._wire_dtype)
-        flat = x.contiguous().view(-1).to(wire)
+        flat = x.resolve_neg().contiguous().view(-1).to(wire)
         # The result is built in `out` itself where its memory allows, else beside it.
-        direct = out.is_contiguous() and wire == x.dtype
+        direct = is_plain(out) and wire == x.dtype
         result = out.view(-1) if direct else torch.empty_like(flat)
         call = f"all_reduce of {x.numel()} x {x.dtype} ({op}) by '{plan}'"
         self._run(flat, result, plan, op, epoch, call, wait_until)

@@ -326,6 +326,23 @@ def test_fallback_is_right_and_logged_once_and_counted() -> None:
     run(falling_back, 3)
 
 
+def negated(rank: int) -> None:
+    """Tensors whose memory holds their elements with the other sign, as the imaginary part of a conjugate."""
+    shown = torch.arange(8).expand(2, 8) * torch.tensor([[-1.0], [-2.0]])
+    for options in ({"plan": "two-shot"}, {"plan": "one-shot"}, {"max_bytes": 4}):
+        comm = Communicator(**options)
+        for op, want in (("sum", shown.sum(0)), ("max", shown.amax(0))):
+            x = torch._neg_view(-shown[rank])
+            assert torch.equal(comm.all_reduce(x, op=op), want)
+            assert torch.equal(comm.all_reduce(x, out=x, op=op), want)
+            out = torch._neg_view(torch.ones(8))
+            assert torch.equal(comm.all_reduce(shown[rank], out=out, op=op), want)
+
+
+def test_a_negated_view_is_reduced_by_what_it_shows() -> None:
+    run(negated, 2)
+
+
 def counting(rank: int) -> None:
     comm = Communicator()
     assert (comm.stats.calls, comm.stats.bytes) == (0, 0)
