@@ -167,8 +167,9 @@ class LLM:
             if on_progress is None:
                 is_shown = use_tqdm and self._is_first and sys.stderr.isatty()
                 on_progress = stack.enter_context(TerminalProgress(is_shown=is_shown))
-            ids = self._begin(requests, is_streamed=False)
+            ids: list[int] = []
             stack.callback(self._end, ids)
+            self._begin(requests, ids, is_streamed=False)
             most, done = sum(map(self.engine.max_new_tokens, requests)), 0
             outputs: dict[int, RequestOutput] = {}
             while len(outputs) < len(ids):
@@ -193,8 +194,10 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[Update]:
-        ids, is_over = self._begin([request], is_streamed=True), False
+        ids: list[int] = []
+        is_over = False
         try:
+            self._begin([request], ids, is_streamed=True)
             while not is_over:
                 for update in self._news(ids):
                     is_over = update.output is not None
@@ -225,20 +228,15 @@ class LLM:
         """
         return SamplingParams.from_generation_config(self._generation_config)
 
-    def _begin(self, requests: list[Request], *, is_streamed: bool) -> list[int]:
+    def _begin(self, requests: list[Request], ids: list[int], *, is_streamed: bool) -> None:
+        """Adds their numbers to `ids`, each at once: where an interrupt comes, the caller ends those."""
         self._executor.agree(requests)
         for request in requests:
             self.engine.check(request)
-        ids: list[int] = []
         inbox: deque[Update] = deque()  # one for all: they are asked for together
-        try:
-            for request in requests:
-                ids.append(self.engine.add(request, is_streamed=is_streamed))
-                self._inboxes[ids[-1]] = inbox
-        except BaseException:  # an interrupt
-            self._end(ids)
-            raise
-        return ids
+        for request in requests:
+            ids.append(self.engine.add(request, is_streamed=is_streamed))
+            self._inboxes[ids[-1]] = inbox
 
     def _end(self, ids: list[int]) -> None:
         """Forget these requests, finished or not."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import numpy
 import pytest
@@ -206,6 +208,29 @@ def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["x", "y"], GREEDY, on_progress=interrupt)
     assert llm.generate(PROMPTS[:1], GREEDY)[0].prompt == PROMPTS[0]
+
+
+def test_an_interrupt_while_requests_are_begun_leaves_none(llm: LLM) -> None:
+    expected = llm.generate("x", GREEDY)
+    for place in range(1, 100):  # calls, from the first of `_begin` on
+        num_calls = 0
+
+        def profile(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal num_calls
+            if event == "call" and (num_calls or frame.f_code is LLM._begin.__code__):
+                num_calls += 1
+                if num_calls == place:  # noqa: B023
+                    raise KeyboardInterrupt
+
+        sys.setprofile(profile)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(["x", "y"], replace(GREEDY, max_tokens=3))
+        finally:
+            sys.setprofile(None)
+        assert not llm.engine._live, place
+        assert not llm._inboxes, place
+    assert llm.generate("x", GREEDY) == expected
 
 
 def test_a_second_interrupt_leaves_no_result_for_a_later_step(llm: LLM) -> None:
