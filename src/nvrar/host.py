@@ -108,7 +108,7 @@ class HostExecutor:
     def all_reduce(
         self, x: Tensor, out: Tensor, plan: Plan, op: str, epoch: int, call: str, budget_s: float
     ) -> None:
-        """Writes the reduction of all ranks' ``x`` into ``out`` (both 1-D, contiguous, same dtype and
+        """Writes the reduction of all ranks' ``x`` into ``out`` (both 1-D, :func:`is_plain`, same dtype and
         length; may be the same tensor). Collective.
 
         ``call`` describes the call; ranks that made another one never exchange data with this one.

@@ -41,12 +41,15 @@ class Seat:
     port: int
 
     @property
+    def address(self) -> str:
+        """Where the ranks meet."""
+        host = f"[{self.host}]" if ":" in self.host else self.host  # an IPv6 address
+        return f"{host}:{self.port}"
+
+    @property
     def init_method(self) -> str:
         """For ``init_process_group``: torchrun's agent has a store of its own there already."""
-        if self.launcher == "torchrun":
-            return "env://"
-        host = f"[{self.host}]" if ":" in self.host else self.host  # an IPv6 address
-        return f"tcp://{host}:{self.port}"
+        return "env://" if self.launcher == "torchrun" else f"tcp://{self.address}"
 
 
 def seat(environment: Mapping[str, str]) -> Seat | None:
@@ -119,7 +122,7 @@ def join(place: Seat, device: str = "cpu", timeout_s: float = 60.0) -> Iterator[
     except dist.DistError as error:
         raise PeerTimeout(
             f"rank {place.rank} of {place.world_size} (by {place.launcher}) met no complete group at "
-            f"{place.host}:{place.port} within {timeout_s:g} s: {str(error).splitlines()[0]}; check that all "
+            f"{place.address} within {timeout_s:g} s: {str(error).splitlines()[0]}; check that all "
             "ranks started and that MASTER_ADDR and MASTER_PORT can be reached from every node",
             rank=place.rank,
             peers=(),

@@ -201,6 +201,7 @@ def test_an_ipv6_address_is_told_from_its_port() -> None:
     place = seat(step | {"MASTER_PORT": "1234"})
     assert place is not None
     assert place.init_method == "tcp://[::1]:1234"
+    assert place.address == "[::1]:1234"  # in errors
 
 
 def test_malformed_seats_are_refused() -> None:
