@@ -28,6 +28,15 @@ class Calls:
 
     def run(self, call: Callable[[], T], reset: Callable[[], None]) -> T:
         """What it returns. Raises YalisError in the middle of another call, which goes on unharmed."""
+        result = self._run(call, reset)
+        while self._postponed:  # by another thread, when the call was as good as over
+            try:
+                self._run(lambda: None, reset)
+            except YalisError:  # a third is in a call, and will see to it
+                break
+        return result
+
+    def _run(self, call: Callable[[], T], reset: Callable[[], None]) -> T:
         if not self._lock.acquire(blocking=False):
             raise YalisError(
                 "another thread is in a call of this engine; make all calls from one thread, which gets "

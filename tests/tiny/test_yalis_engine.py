@@ -378,6 +378,31 @@ def test_what_is_abandoned_in_the_middle_of_a_step_ends_with_it() -> None:
     assert place > 200
 
 
+def test_what_another_thread_abandons_just_before_a_call_is_over_ends_too() -> None:
+    engine, _, pool = make_engine()
+    request_id = engine.add(request([1, 2], 5, ignore_eos=True, seed=1))
+    lock, others = (
+        engine._calls._lock,
+        [threading.Thread(target=engine.abandon, args=([request_id],))],
+    )
+
+    class Late:
+        acquire = lock.acquire
+
+        def release(self) -> None:
+            if others:  # while the lock is still taken, and what was postponed has been looked at
+                other = others.pop()
+                other.start()
+                other.join()
+            lock.release()
+
+    engine._calls._lock = Late()  # type: ignore[assignment]
+    engine.step()
+    assert not others
+    engine.settle()
+    assert pool.num_free == pool.num_blocks
+
+
 def test_a_call_in_the_middle_of_another_is_refused() -> None:
     engine, executor, _ = make_engine()
     first = engine.add(request([1, 2], 5, ignore_eos=True, seed=1))
