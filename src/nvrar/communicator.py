@@ -425,7 +425,7 @@ class Communicator:
             self._ending.fail(calls.report())
 
     def _run(self, x: Tensor, out: Tensor, op: str) -> None:
-        if x.device.type not in self._backends:
+        if self.world_size > 1 and x.device.type not in self._backends:
             self._refuse(
                 x,
                 f"x is on {x.device}, and the process group carries tensors of "

@@ -612,6 +612,8 @@ def alone(rank: int) -> None:
     for wrong in (-1, 1e3, "1"):
         with pytest.raises(ArgumentError, match="whole number, 0 or more"):
             comm.plan_for(wrong)  # type: ignore[arg-type]
+    without_backend = Communicator(dist.new_group(backend="cuda:gloo"))
+    assert torch.equal(without_backend.all_reduce(x), x), "nothing is to be carried"
 
 
 def test_one_rank() -> None:

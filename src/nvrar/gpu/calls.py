@@ -15,7 +15,7 @@ from nvrar.gpu.executor import GpuExecutor, Prepared
 from nvrar.gpu.jit import OPS, TYPES
 from nvrar.gpu.kernel import NO_FAILURE, OTHER_CALL
 from nvrar.gpu.layout import LL128, MOST_ROW_BYTES, Rows
-from nvrar.host import type_name, wire_type
+from nvrar.host import is_plain, type_name, wire_type
 from nvrar.meeting import Meeting
 from nvrar.plan import Plan
 from nvrar.rms_norm import DTYPES
@@ -81,7 +81,7 @@ class GpuCalls:
             with torch.cuda.device(self.device):
                 return self.all_reduce(x, out, op)
         wire = x.dtype if self._wire_dtype is None else wire_type(x.dtype, self._wire_dtype)
-        if not (wire is x.dtype and _is_plain(x) and _is_plain(out)):
+        if not (wire is x.dtype and is_plain(x) and is_plain(out)):
             with torch.no_grad():
                 packed = x.to(wire, memory_format=_DENSE, copy=True)
                 self._launch(packed, packed, op)
@@ -217,13 +217,8 @@ def _largest(every: Iterable[Algorithms]) -> dict[Algorithm, int]:
     return largest
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory holds its elements one after the other; not negated, as ``z.conj().imag`` is."""
-    return tensor.is_contiguous() and not tensor.is_neg()
-
-
 def _is_tidy(tensor: Tensor) -> bool:
-    return _is_plain(tensor) and tensor.data_ptr() % _ROW_ALIGN == 0
+    return is_plain(tensor) and tensor.data_ptr() % _ROW_ALIGN == 0
 
 
 def _tidied(tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class KernelSpec:
 @cache
 def load(spec: KernelSpec) -> ObjectCode:
     """The kernel as a library of this process. All communicators share it, and it stays: it has no state but
-    NVSHMEM's, and cuda-core unloads none."""
+    NVSHMEM's, and cuda-core (1.2) unloads none."""
     from cuda.core import ObjectCode
 
     return ObjectCode.from_cubin(cubin(spec), name=ENTRY)
