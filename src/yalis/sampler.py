@@ -24,7 +24,7 @@ from yalis.sampling_params import Draw
 
 _MASK = 2**64 - 1
 _ID_MASK = 2**32 - 1
-# Rows are drawn in portions of this many logits, which bounds the temporaries at about 0.5 GB.
+# Rows are drawn, and ranked, in portions of this many logits, which bounds the temporaries at about 0.5 GB.
 _PORTION = 1 << 24
 
 Table = list[tuple[float, ...]]
@@ -176,21 +176,29 @@ def _logprobs(logits: Tensor, token_ids: Tensor, draws: Sequence[Draw]) -> Logpr
         return None
     rows = tuple(row for row, num in wanted.items() if num is not None)
     [table] = _stage([[(row,) for row in rows]], logits.device)
-    index = table[:, 0].long()
+    num_top = min(max(most), logits.shape[-1])
+    parts = [
+        _ranked(logits.index_select(0, index), token_ids[index].unsqueeze(1), num_top)
+        for index in torch.split(table[:, 0].long(), max(1, _PORTION // logits.shape[-1]))
+    ]
+    return Logprobs(rows, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _ranked(
+    logits: Tensor, drawn_ids: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What Logprobs has of these rows: drawn, rank, top and top_ids."""
     # Rows of whole 16 bytes: where they begin elsewhere, a GPU adds in another order.
-    wanted_logits = F.pad(
-        logits.index_select(0, index).float(), (0, -logits.shape[-1] % 4), value=-torch.inf
-    )
-    logprobs = wanted_logits.log_softmax(dim=-1)
-    drawn_ids = token_ids[index].unsqueeze(1)
+    padded = F.pad(logits.float(), (0, -logits.shape[-1] % 4), value=-torch.inf)
+    logprobs = padded.log_softmax(dim=-1)
     order = _order(logprobs)
-    top_ids = order.topk(min(max(most), logits.shape[-1]), dim=-1, largest=False).values & _ID_MASK
-    return Logprobs(
-        rows,
-        drawn=logprobs.gather(1, drawn_ids).squeeze(1),
-        rank=(order < order.gather(1, drawn_ids)).sum(dim=-1) + 1,
-        top=logprobs.gather(1, top_ids),
-        top_ids=top_ids,
+    top_ids = order.topk(num_top, dim=-1, largest=False).values & _ID_MASK
+    rank = (order < order.gather(1, drawn_ids)).sum(dim=-1) + 1
+    return (
+        logprobs.gather(1, drawn_ids).squeeze(1),
+        rank,
+        logprobs.gather(1, top_ids),
+        top_ids,
     )
 
 

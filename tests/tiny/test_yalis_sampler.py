@@ -188,6 +188,18 @@ def test_banned_tokens_are_never_drawn() -> None:
     assert (logits[:, 2] == 9).all()
 
 
+def test_logprobs_are_the_same_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(7, 30, generator=torch.Generator().manual_seed(6)).bfloat16()
+    draws = [draw(seed=row, logprobs=row if row != 3 else None) for row in range(7)]
+    whole = sample(logits, draws).logprobs
+    for portion in (1, 60, 179):  # of one row, two, and five
+        monkeypatch.setattr("yalis.sampler._PORTION", portion)
+        parts = sample(logits, draws).logprobs
+        assert parts.rows == whole.rows == (0, 1, 2, 4, 5, 6)
+        for field in ("drawn", "rank", "top", "top_ids"):
+            assert torch.equal(getattr(parts, field), getattr(whole, field))
+
+
 def test_logprobs_are_of_the_model_whatever_the_filters() -> None:
     logits = 2 * torch.randn(4, 30, generator=torch.Generator().manual_seed(5))
     draws = [
