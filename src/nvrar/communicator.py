@@ -371,8 +371,7 @@ class Communicator:
 
     def _begin(self, x: Tensor, refusal: str) -> None:
         """Every call begins so: one that cannot work ends here."""
-        if self._ending.error is not None:
-            self._ending.raise_if_over()
+        self._ending.raise_if_over()
         self._epoch += 1
         if refusal:
             self._refuse(x, refusal)

@@ -16,6 +16,7 @@ from yalis.local import LocalExecutor
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel
 from yalis.parallel.launcher import detect
+from yalis.runner import Runner
 from yalis.weights.loader import Progress
 from yalis.workers import WorkerGroup
 
@@ -36,4 +37,5 @@ def make_executor(
     if options.tensor_parallel_size > 1:
         return WorkerGroup(options, config, on_progress)
     device = pick_device(options.device)
-    return LocalExecutor(options, config, TensorParallel.single(), device, on_progress)
+    runner = Runner(options, config, TensorParallel.single(), device, on_progress)
+    return LocalExecutor(options, runner)

@@ -21,6 +21,7 @@ from yalis.errors import RequestError
 from yalis.local import LocalExecutor
 from yalis.options import EngineOptions
 from yalis.parallel.group import TensorParallel, join_default_group, open_store
+from yalis.runner import Runner
 from yalis.weights.loader import Progress
 
 
@@ -53,7 +54,7 @@ class JoinedExecutor(LocalExecutor):
             self._group, options.all_reduce, options.all_reduce_plan, nodes,
             is_batch_invariant=options.batch_invariant,
         )  # fmt: skip
-        super().__init__(options, config, tp, device, on_progress)
+        super().__init__(options, Runner(options, config, tp, device, on_progress))
 
     def result(self) -> StepResult:
         pending = self._under_way.popleft()

@@ -6,32 +6,19 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-import torch
-
-from yalis.config import ModelConfig
 from yalis.core import Batch, StepResult
 from yalis.drawing import PendingStep
 from yalis.engine import Executor
 from yalis.options import EngineOptions
-from yalis.parallel.group import TensorParallel
 from yalis.runner import Runner
-from yalis.weights.loader import Progress
 
 
 class LocalExecutor(Executor):
     """On a CPU `submit` runs the step. With several ranks every method is collective, as the runner's are."""
 
-    def __init__(
-        self,
-        options: EngineOptions,
-        config: ModelConfig,
-        tp: TensorParallel,
-        device: torch.device,
-        on_progress: Progress | None,
-    ) -> None:
-        self.runner = Runner(options, config, tp, device, on_progress)
-        self.depth = options.depth(is_asynchronous=device.type == "cuda")
-        self.num_blocks = self.runner.num_blocks
+    def __init__(self, options: EngineOptions, runner: Runner) -> None:
+        self.runner, self.num_blocks = runner, runner.num_blocks
+        self.depth = options.depth(is_asynchronous=runner.is_asynchronous)
         self._under_way: deque[PendingStep] = deque()
 
     def submit(self, batch: Batch) -> None:

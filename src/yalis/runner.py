@@ -43,6 +43,7 @@ class Runner:
     ) -> None:
         dtype = getattr(torch, options.resolved_dtype(config))
         self._options, self._config, self._tp, self._device = options, config, tp, device
+        self.is_asynchronous = device.type == "cuda"  # `execute` returns before it has run
         self._trace = trace_on(device.type)
         # Rotations are kept for as many positions as a request may have, and no more.
         shape = replace(config, max_position_embeddings=options.resolved_max_model_len(config))
@@ -70,8 +71,8 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> PendingStep:
-        """Compute a step; returns, on a GPU, before it has run. Its tokens are every rank's to wait for,
-        the log probabilities rank 0's.
+        """Compute a step; returns before it has run where `is_asynchronous`. Its tokens are every rank's to
+        wait for, the log probabilities rank 0's.
         """
         # What ranks other than 0 learn of a peer that is gone: nobody waits for their results.
         self._tp.all_reduce.check()

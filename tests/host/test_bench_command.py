@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +155,23 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def test_a_killed_worker_ends_it_with_a_line() -> None:
-    mark = f"--iterations={2 * 10**6 + os.getpid()}"
+@contextmanager
+def started(number: int, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A bench of two ranks that takes for ever, and the mark of its processes; none of them stays."""
+    mark = f"--iterations={number * 10**6 + os.getpid()}"
     command = subprocess.Popen(
-        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", "--plans=", mark],
+        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", *options, mark],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        yield command, mark
+    finally:
+        for pid in alive(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_ends_it_with_a_line() -> None:
+    with started(2, "--plans=") as (command, mark):
         workers = workers_of(command, mark, 2)
         time.sleep(1)  # into the measuring, with luck; wherever it is, it must end
         os.kill(workers[-1], signal.SIGKILL)
@@ -168,35 +179,20 @@ def test_a_killed_worker_ends_it_with_a_line() -> None:
         assert command.returncode == 128 + signal.SIGKILL
         assert "Traceback" not in error
         assert alive(mark) == []
-    finally:
-        for pid in alive(mark):
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_workers_do_not_outlive_the_command() -> None:
-    mark = f"--iterations={10**6 + os.getpid()}"
-    command = subprocess.Popen(
-        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", mark],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
+    with started(1) as (command, mark):
         workers_of(command, mark, 2)
         time.sleep(1)
         command.send_signal(signal.SIGTERM)
-        assert command.wait(timeout=60) == 128 + signal.SIGTERM
+        command.communicate(timeout=60)
+        assert command.returncode == 128 + signal.SIGTERM
         assert alive(mark) == []
-    finally:
-        for pid in alive(mark):
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_an_interrupt_while_workers_import_ends_it_quietly() -> None:
-    mark = f"--iterations={3 * 10**6 + os.getpid()}"
-    command = subprocess.Popen(
-        [*NVRAR, "bench", "--nodes", "1", "--ranks-per-node", "2", mark],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
+    with started(3) as (command, mark):
         while command.poll() is None:
             importing = [pid for pid in alive(mark) if pid != command.pid and _has_torch(pid)]
             if len(importing) == 2:
@@ -207,9 +203,6 @@ def test_an_interrupt_while_workers_import_ends_it_quietly() -> None:
         assert command.returncode == 128 + signal.SIGINT
         assert "Traceback" not in error
         assert alive(mark) == []
-    finally:
-        for pid in alive(mark):
-            os.kill(pid, signal.SIGKILL)
 
 
 def _has_torch(pid: int) -> bool:
