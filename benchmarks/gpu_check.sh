@@ -33,6 +33,7 @@ if [ "$gpus" -gt 0 ] && wanted checks; then
         # Under MPS several kernels of a rank would keep its peers' from a place on the GPU that they share.
         [ -z "$shared" ] || export CUDA_MPS_PIPE_DIRECTORY=$said
         checks 60 "1x$ranks" streams groups
+        NVRAR_TRANSPORT=put checks 60 "1x$ranks" streams
         checks 40 "1x$ranks" foreign_nvshmem
     )
     for example in all_reduce graph; do

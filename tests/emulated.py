@@ -231,6 +231,8 @@ class EmulatedCluster:
         put = self._spec.put if sums else ()
         spec = replace(self._spec, plan=plan, packets=packets, put=put, rows=True)
         shared_bytes = rows.shared_bytes(plan, packets)
+        blocks = min(shape.blocks, rows.num_rows * shape.cluster)  # no team may be without a row
+        shape = replace(shape, blocks=blocks)
         return self._prepared(table, spec, shape, shared_bytes, weight, *inputs, *residuals)
 
     def run(self, *calls: Prepared, seed: int = 0) -> None:

@@ -143,24 +143,32 @@ def test_a_peer_in_another_call(packets: Format) -> None:
     assert results[1][1][1].isnan().all()
 
 
-# 5120 leaves a whole unit of a part empty, so that not all blocks of a cluster have equally many.
+# 5120 leaves a whole chunk of a part empty, so that not all blocks of a cluster have equally many. Of 960 a part
+# is one or two chunks, so that warps, or blocks, have none.
 ROWS = [
-    ("exchange:2", LL128, 3840, (2, 64, 1)),
-    ("exchange:2", LL128, 3840, (4, 32, 4)),
-    ("split:2", LL128, 3840, (4, 64, 2)),
-    ("split:2", LL128, 5120, (4, 64, 2)),
-    ("split:2 exchange:2", LL128, 3840, (2, 32, 2)),
-    ("exchange:3", LL, 3840, (2, 64, 1)),
-    ("split:2", LL, 1000, (1, 96, 1)),
+    ("exchange:2", "0", LL128, 3840, (2, 64, 1)),
+    ("exchange:2", "0", LL128, 3840, (4, 32, 4)),
+    ("split:2", "0", LL128, 3840, (4, 64, 2)),
+    ("split:2", "0", LL128, 5120, (4, 64, 2)),
+    ("split:2", "0", LL128, 960, (6, 96, 3)),
+    ("split:2 exchange:2", "00", LL128, 3840, (2, 32, 2)),
+    ("exchange:3", "0", LL, 3840, (2, 256, 1)),
+    ("split:2", "0", LL, 1000, (1, 128, 1)),
+    ("split:2", "0", LL, 5120, (4, 256, 4)),
+    ("exchange:2", "1", LL, 5120, (8, 256, 4)),
+    ("split:2", "1", LL, 3840, (4, 384, 2)),
+    ("split:2 exchange:2", "01", LL, 5120, (4, 128, 2)),
+    ("exchange:2 exchange:2", "11", LL, 960, (6, 128, 3)),
+    ("split:3 exchange:2", "11", LL, 5120, (9, 128, 3)),
 ]
 
 
-@pytest.mark.parametrize(("word", "packets", "hidden", "launch"), ROWS)
+@pytest.mark.parametrize(("word", "put", "packets", "hidden", "launch"), ROWS)
 def test_sum_residual_and_norm(
-    word: str, packets: Format, hidden: int, launch: tuple[int, int, int]
+    word: str, put: str, packets: Format, hidden: int, launch: tuple[int, int, int]
 ) -> None:
     """Between sums, and norms of what was summed by a launch of its own, on ranks that run apart."""
-    ranks = cluster(word, "", BF16, max_bytes=1 << 15)
+    ranks = cluster(word, put, BF16, max_bytes=1 << 16)
     weight, shape = torch.rand(hidden).to(BF16), LaunchShape(*launch)
     calls, found, expected = [], [], []
     for i in range(16):
@@ -184,19 +192,25 @@ def test_sum_residual_and_norm(
     assert all(map(same_bits, found, expected))
 
 
-def test_rows_of_a_peer_that_does_not_come() -> None:
+@pytest.mark.parametrize(
+    ("word", "put", "packets"), [("split:2", "0", LL128), ("split:2", "1", LL)]
+)
+def test_rows_of_a_peer_that_does_not_come(word: str, put: str, packets: Format) -> None:
     """Blocks of a cluster end together, and leave NaN."""
-    ranks = cluster("split:2", "", BF16, max_bytes=1 << 15, budget_s=0.05)
+    ranks = cluster(word, put, BF16, max_bytes=1 << 15, budget_s=0.05)
     xs = [x.view(2, -1) for x in inputs_of(2, 2 * 3840, BF16, seed=0)]
     residuals, weight = [torch.zeros_like(x) for x in xs], torch.ones(3840).to(BF16)
-    call = ranks.prepare_rows(xs, residuals, weight, 1e-5, LL128, LaunchShape(4, 64, 2))
+    call = ranks.prepare_rows(
+        xs, residuals, weight, 1e-5, packets, LaunchShape(4, 128 if packets is LL else 64, 2)
+    )
     ranks.run_apart([[call], [None]])
     assert ranks.failure[:, 0].tolist() == [PEER_MISSING, 0]
     assert xs[0].isnan().all()
     assert residuals[0].isnan().all()
 
 
-@pytest.mark.parametrize("launch", [(1, 64, 1), (2, 32, 2), (2, 32, 1)])
+# In warps of LL128, in fours of warps of LL.
+@pytest.mark.parametrize("launch", [(1, 2, 1), (2, 1, 2), (2, 1, 1)])
 @pytest.mark.parametrize("packets", [LL, LL128], ids=lambda packets: packets.name)
 def test_rows_of_which_one_packet_does_not_come(
     packets: Format, launch: tuple[int, int, int]
@@ -204,14 +218,14 @@ def test_rows_of_which_one_packet_does_not_come(
     """Whichever it is, the launch ends, tells of it, and each row is NaN or right. What splits leave behind a
     row's end is sent too: where that alone is missing the row is whole, and warps that are through with it
     must find the others in the next."""
-    if packets is LL:
-        launch = (launch[0], 96, 1)
     ranks = cluster("split:2", "", BF16, max_bytes=1 << 15)
-    # Of LL128 two units in each of two parts, and the last of them empty.
+    # Two units in each of two parts, and the last of them empty.
     hidden = 3 * LL128.data_bytes // 2
     given = [x.view(2, hidden) for x in inputs_of(4, 2 * hidden, BF16, seed=0)]
     tensors, weight = [x.clone() for x in given], torch.rand(hidden).to(BF16)
-    rows = (tensors[:2], tensors[2:], weight, 1e-5, packets, LaunchShape(*launch))
+    blocks, chunks, team = launch
+    shape = LaunchShape(blocks, chunks * (128 if packets is LL else 32), team)
+    rows = (tensors[:2], tensors[2:], weight, 1e-5, packets, shape)
     ranks.run(ranks.prepare_rows(*rows))
     ranks.check()
     ranks._budget_ticks = budget_ticks(0.05)

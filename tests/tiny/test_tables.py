@@ -159,6 +159,9 @@ def test_a_measured_launch_reaches_the_kernel_as_far_as_it_fits() -> None:
     assert of("nvlink").of(1000) == Algorithm(SHOT, LL, LaunchShape(2, 64))
     assert of("nvlink").of(65536) == Algorithm(SPLIT, LL128, LaunchShape(20, 256))
     assert of("peer").of(65536) == Algorithm(SPLIT, LL)  # lines may be torn there
+    # What was measured of sums says nothing of rows.
+    assert of("nvlink").of_rows(1000) == Algorithm(SHOT, LL128)
+    assert of("put").of_rows(65536) == Algorithm(SPLIT, LL)
     asked = chooser(fixed=SPLIT).choose
     unmeasured = Algorithms(lambda n: asked(n, "float32", "nvlink"), 10_000, "nvlink")
     assert unmeasured.largest() == {Algorithm(SPLIT, LL): 4096, Algorithm(SPLIT, LL128): 10_000}

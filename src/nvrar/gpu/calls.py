@@ -108,7 +108,7 @@ class GpuCalls:
             return False
         rows = Rows(x.numel() // x.shape[-1], x.shape[-1] * x.element_size())
         room = self._executor.has_room_for
-        return self.takes_rows(x) and room(rows, self._algorithms[x.dtype].of(x.nbytes))
+        return self.takes_rows(x) and room(rows, self._algorithms[x.dtype].of_rows(x.nbytes))
 
     def add_rms_norm(
         self,
@@ -131,7 +131,7 @@ class GpuCalls:
         key = (x.nbytes, x.dtype, hidden, eps, sums)
         prepared = self._prepared.get(key)
         if prepared is None:
-            algorithm = self._algorithms[x.dtype].of(x.nbytes) if sums else _NO_SUM
+            algorithm = self._algorithms[x.dtype].of_rows(x.nbytes) if sums else _NO_SUM
             rows = Rows(x.numel() // hidden, hidden * x.element_size())
             prepared = self._keep(key, self._executor.prepare_rows(rows, x.dtype, eps, algorithm))
         inputs = [t if _is_tidy(t) else _tidied(t) for t in (x, residual, weight)]
@@ -162,7 +162,7 @@ class GpuCalls:
             return
         # Of what is sent wider, the sum has a launch of its own.
         summed = self._sent(sizes) if wire_type(dtype, self._wire_dtype) == dtype else []
-        algorithms = [_NO_SUM, *(self._algorithms[dtype].of(n) for n in summed)]
+        algorithms = [_NO_SUM, *(self._algorithms[dtype].of_rows(n) for n in summed)]
         with torch.cuda.device(self.device):
             for algorithm in dict.fromkeys(algorithms):
                 self._executor.load_rows(dtype, algorithm)

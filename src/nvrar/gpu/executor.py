@@ -235,7 +235,8 @@ class GpuExecutor:
             library = jit.load(spec)
             if spec.uses_put:
                 self._workspace.initialise(library)
-            self._functions[spec] = kernel.Function(int(library.get_kernel(jit.ENTRY).handle))
+            handle = int(library.get_kernel(jit.ENTRY).handle)
+            self._functions[spec] = kernel.Function(handle, self.device.index)
         return self._functions[spec]
 
     def _number_of(self, text: str, plan: Plan) -> int:

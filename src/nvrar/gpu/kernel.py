@@ -126,14 +126,22 @@ def fill_rows(
 
 
 class Function:
-    """A loaded kernel."""
+    """A loaded kernel, on one GPU.
 
-    def __init__(self, handle: int) -> None:
+    It asks for multiprocessors that give all they can to shared memory. A multiprocessor must be idle to
+    divide its memory anew, so kernels that differ in it cannot share one: those of two communicators, or one
+    that has begun early, would keep others from their place however much room there is.
+    """
+
+    def __init__(self, handle: int, device_idx: int) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
         self._launch = driver.cuLaunchKernelEx
         self._handle = driver.CUfunction(handle)
+        self._device_idx = device_idx
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self._set(carveout, 100, "dividing a multiprocessor's memory")
 
     def resident_blocks(self, threads: int, shared_bytes: int = 0) -> int:
         """Blocks of so many threads that a multiprocessor holds at once."""
@@ -148,24 +156,18 @@ class Function:
         _check(status, "asking for the occupancy of a kernel")
         return max(1, int(blocks))
 
-    def take_shared(self, device_idx: int, shared_bytes: int) -> None:
-        """Allows launches with so much dynamic shared memory, and asks for as much of it as there is.
+    def take_shared(self, shared_bytes: int) -> None:
+        """Allows launches with so much dynamic shared memory."""
+        most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._set(most, shared_bytes, f"giving a kernel {shared_bytes} bytes of shared memory")
 
-        A multiprocessor that gives all it can to shared memory takes the next kernel's blocks without being
-        set up anew, for which it would have to be idle.
-        """
-        attributes, kernel = (
-            self._driver.CUfunction_attribute,
+    def _set(self, attribute: object, value: int, doing: str) -> None:
+        kernel, device = (
             self._driver.CUkernel(int(self._handle)),
+            self._driver.CUdevice(self._device_idx),
         )
-        for attribute, value in (
-            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes),
-            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        ):
-            (status,) = self._driver.cuKernelSetAttribute(
-                attribute, value, kernel, self._driver.CUdevice(device_idx)
-            )
-            _check(status, f"giving a kernel {shared_bytes} bytes of shared memory")
+        (status,) = self._driver.cuKernelSetAttribute(attribute, value, kernel, device)
+        _check(status, doing)
 
     def config(
         self,

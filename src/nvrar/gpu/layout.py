@@ -130,7 +130,11 @@ def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[La
 
 
 MOST_ROW_BYTES = 64 * KB  # of which a block can hold the squares
-_CLUSTER = 8  # blocks that every GPU with clusters can have in one
+_CHUNK_BYTES = (
+    LL128.data_bytes
+)  # whose squares are added up first, whatever the packets (rms_norm.py)
+_BUSY_CHUNKS = {LL: 1, LL128: 5}
+_CLUSTERS = (2, 4, 8)  # blocks in one, up to what every GPU with clusters can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +144,13 @@ class Rows:
     num_rows: int
     row_bytes: int
 
+    def chunks_of_row(self, plan: Plan) -> int:
+        """Chunks that a row has of each part: whole ones, which a block does not share with another."""
+        return -(-self.row_bytes // (num_parts(plan) * _CHUNK_BYTES))
+
     def units_of_row(self, plan: Plan, packets: Format) -> int:
         """Units that a row has of each part."""
-        return num_units(plan, packets, self.row_bytes)
+        return self.chunks_of_row(plan) * (_CHUNK_BYTES // packets.data_bytes)
 
     def inbox_bytes(self, plan: Plan, packets: Format) -> int:
         """As :func:`inbox_bytes`: more than it, by what rows leave empty of their last units."""
@@ -150,33 +158,37 @@ class Rows:
         return num_areas(plan) * units * packets.slot_bytes
 
     def shared_bytes(self, plan: Plan, packets: Format) -> int:
-        """Of the block's memory, for the squares: with LL128 two marks of 8 bytes for each unit, with LL a
-        float for each word of 8 bytes and each chunk."""
-        if packets is LL128:
-            return 16 * self.units_of_row(plan, packets) * num_parts(plan)
-        return 4 * (self.row_bytes // 8 + -(-self.row_bytes // LL128.data_bytes))
+        """Of the block's memory, for the squares: two marks of 8 bytes for each chunk, and with LL a float
+        for each unit."""
+        marks = 16 * self.chunks_of_row(plan)
+        return num_parts(plan) * (
+            marks if packets is LL128 else marks + 4 * self.units_of_row(plan, packets)
+        )
 
     def launch_shape(
         self, plan: Plan, packets: Format, room: Room, has_clusters: bool
     ) -> LaunchShape:
-        """A row's units over a cluster, where there are clusters and few rows: a multiprocessor is kept busy
-        by the instructions of five warps as long as packets are under way."""
-        units = self.units_of_row(plan, packets)
+        """A row's chunks over a cluster, where there are clusters and few rows: a multiprocessor is kept busy by
+        the instructions of so many chunks as long as packets are under way."""
+        chunks, busy = self.chunks_of_row(plan), _BUSY_CHUNKS[packets]
         shape = self._shape(plan, packets, room, 1)
-        wider = shape
-        # More than five units a block, so that each has one.
-        while has_clusters and packets is LL128 and units > 5 * wider.cluster < 5 * _CLUSTER:
-            wider = self._shape(plan, packets, room, 2 * wider.cluster)
-            if wider.blocks < wider.cluster * self.num_rows or not room.overlaps(wider):
+        for cluster in _CLUSTERS if has_clusters else ():
+            wider = self._shape(plan, packets, room, cluster)
+            if (
+                chunks <= busy * shape.cluster
+                or wider.blocks < wider.cluster * self.num_rows
+                or not room.overlaps(wider)
+            ):
                 break
             shape = wider
         return shape
 
     def _shape(self, plan: Plan, packets: Format, room: Room, cluster: int) -> LaunchShape:
-        units = self.units_of_row(plan, packets)
-        most_units = most_threads(plan) // packets.threads
-        turns = -(-units // (cluster * most_units))
-        threads = -(-units // (cluster * turns)) * packets.threads
-        threads = -(-threads // 32) * 32
+        chunks = self.chunks_of_row(plan)
+        threads_of_chunk = packets.threads * _CHUNK_BYTES // packets.data_bytes
+        turns = -(-chunks // (cluster * (most_threads(plan) // threads_of_chunk)))
+        chunks_of_block = -(-chunks // (cluster * turns))
+        cluster = min(cluster, -(-chunks // chunks_of_block))  # none goes empty
+        threads = -(-chunks_of_block * threads_of_chunk // 32) * 32
         num_rows = max(1, min(room.most_blocks(threads) // cluster, self.num_rows))
         return LaunchShape(num_rows * cluster, threads, cluster)

@@ -101,7 +101,7 @@ class VirtualCluster:
         spec = replace(self._spec, whole=whole, rows=rows)
         if spec not in self._functions:
             handle = int(jit.load(spec).get_kernel(jit.ENTRY).handle)
-            self._functions[spec] = kernel.Function(handle)
+            self._functions[spec] = kernel.Function(handle, self._inbox.device.index)
         return self._functions[spec]
 
     def _room(self, function: kernel.Function, shared_bytes: int = 0) -> Room:

@@ -106,8 +106,8 @@ def _has_compiler() -> bool:
 class _Loaded(Function):
     """A kernel that keeps its library, whose end would unload it."""
 
-    def __init__(self, library: Any) -> None:
-        super().__init__(int(library.get_kernel(ENTRY).handle))
+    def __init__(self, library: Any, device_idx: int) -> None:
+        super().__init__(int(library.get_kernel(ENTRY).handle), device_idx)
         self._library = library
 
 
@@ -115,8 +115,8 @@ class _Loaded(Function):
 def _load(spec: Spec, device_idx: int) -> Function:
     from cuda.core import ObjectCode
 
-    function = _Loaded(ObjectCode.from_cubin(cubin(spec), name=ENTRY))
-    function.take_shared(device_idx, spec.shared_bytes)
+    function = _Loaded(ObjectCode.from_cubin(cubin(spec), name=ENTRY), device_idx)
+    function.take_shared(spec.shared_bytes)
     return function
 
 

@@ -60,6 +60,7 @@ class Column {
     }
     Tensor& tensor() { return tensor_; }
     bool ok() const { return ok_; }
+    bool live() const { return live_; }
 
     void load_ahead(Ahead& input) const {
 #pragma unroll

@@ -25,13 +25,12 @@ template <class Plan, class Packet, class Type>
 class Rows {
     using Words = Message<Packet, Type, true>;
     static constexpr int kPerWord = Type::kPerWord;
-    static constexpr u32 kChunkWords = LL128::kDataBytes / 8;
     static constexpr u32 kFailed = 1u << 31;
 
   public:
-    // With LL128 a unit is a chunk, whose sum a warp marks with the number of its turn and stores at every
-    // member of its team: no barrier. With LL, whose units are words, the block works it out in its memory.
-    static constexpr bool kIsChunk = Packet::kThreads == 32;
+    // With LL128 a unit is a chunk, and a warp has it. With LL, whose units are words, a block has all of a
+    // chunk's, and leaves their squares in its memory for a warp to add up.
+    static constexpr u32 kChunkUnits = LL128::kDataBytes / Packet::kDataBytes;
     using Payload = typename Packet::Payload;
     // Whether a thread holds a column of h and of the weight in registers.
     static constexpr bool kHolds = Plan::kParts <= 4 && Plan::kParts * Packet::kWords <= 8;
@@ -40,10 +39,8 @@ class Rows {
 
     // Before the first row, and before anybody else's memory is read or written.
     static void begin(const Args<Plan>& args) {
-        if constexpr (kIsChunk) {
-            for (u32 i = threadIdx.x; i < 2 * num_marks(args); i += blockDim.x) all_marks()[i] = 0;
-            Team::meet();
-        }
+        for (u32 i = threadIdx.x; i < 2 * num_marks(args); i += blockDim.x) all_marks()[i] = 0;
+        Team::meet();
     }
 
     void go_to_row(u32 row) { row_ = row; }
@@ -63,7 +60,7 @@ class Rows {
         }
     }
 
-    // Adds the residual, and leaves the squares for `find_scale`.
+    // Adds the residual, and tells the sum of a chunk's squares, or leaves them for `tell_sums`.
     void store(int part, u32 unit, const Payload& sum) {
         Payload h = kHolds ? h_.get(part) : load_residual(part, unit, true);
         const u64 from = start(part, unit);
@@ -78,60 +75,67 @@ class Rows {
             float of_word = __fmul_rn(a[0], a[0]);
 #pragma unroll
             for (int e = 1; e < kPerWord; e++) of_word = __fadd_rn(of_word, __fmul_rn(a[e], a[e]));
-            const bool counts = Words::holds(half) && at < row_end();
-            if constexpr (Packet::kThreads == 1) {
-                if (counts) word_sums()[(at - row_start()) / 8] = of_word;
-            }
-            squares = __fadd_rn(squares, counts ? of_word : 0);
+            squares = __fadd_rn(squares, Words::holds(half) && at < row_end() ? of_word : 0);
         }
-        if constexpr (kIsChunk) tell(part, unit, add_up_lanes(squares), false);
+        if constexpr (kChunkUnits == 1)
+            tell(place(part, unit), add_up_lanes(squares), false);
+        else
+            word_sums()[place(part, unit)] = squares;
         if constexpr (kHolds) h_.set(part, h);
         Words::store(args_.norm.residual_out, from, row_end(), h);
     }
 
-    // 1 / sqrt(mean of squares + eps) of the row, once all its units are stored, by whichever thread; false
-    // if one is not to be had. `ok`: whether this thread has stored its own.
-    bool find_scale(bool ok, float& scale) {
-        const u32 lane = threadIdx.x % 32, words = args_.norm.row_bytes / 8, chunks = num_chunks();
+    // 1 / sqrt(mean of squares + eps) of the row, once the sums of all its chunks are told; false if one is
+    // not to be had.
+    bool find_scale(float& scale) {
         bool failed = false;
         float total = 0;
-        if constexpr (kIsChunk) {
-            for (u32 chunk = lane; chunk < chunks; chunk += 32) {
-                u32 sum, tag;
-                do {  // it comes: whoever holds it waits for packets within the budget, and then says so
-                    const u64 mark = Team::load(marks() + chunk);
-                    sum = u32(mark);
-                    tag = u32(mark >> 32);
-                } while ((tag & ~kFailed) != turn_);
-                failed |= (tag & kFailed) != 0;
-                total = __fadd_rn(total, __uint_as_float(sum));
-            }
-            failed = __any_sync(~0u, failed);
-        } else {
-            failed = __syncthreads_or(!ok);
-            for (u32 chunk = threadIdx.x / 32; chunk < chunks; chunk += blockDim.x / 32) {
-                float of_lane = 0;
-                for (int w = 0; w < LL128::kWords; w++) {
-                    const u32 at = chunk * kChunkWords + LL128::data_offset(lane, w / 2) / 8 + w % 2;
-                    if (LL128::holds_half(lane, w / 2) && at < words)
-                        of_lane = __fadd_rn(of_lane, word_sums()[at]);
-                }
-                of_lane = add_up_lanes(of_lane);
-                if (lane == 0) chunk_sums()[chunk] = of_lane;
-            }
-            __syncthreads();
-            for (u32 chunk = lane; chunk < chunks; chunk += 32) total = __fadd_rn(total, chunk_sums()[chunk]);
+        for (u32 chunk = threadIdx.x % 32; chunk < num_chunks(); chunk += 32) {
+            u32 sum, tag;
+            // It comes: whoever holds the chunk waits for packets within the budget, and then says so. A warp
+            // that holds none is waited for by nobody, and may find the mark of a later turn, which nobody
+            // comes to after a failure.
+            do {
+                const u64 mark = Team::load(marks() + chunk);
+                sum = u32(mark);
+                tag = u32(mark >> 32);
+            } while ((tag & ~kFailed) < turn_);
+            failed |= tag == (turn_ | kFailed);
+            total = __fadd_rn(total, __uint_as_float(sum));
         }
         total = add_up_lanes(total);
         const float mean = __fmul_rn(total, args_.norm.share);
         scale = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, args_.norm.eps)));
-        return !failed;
+        return !__any_sync(~0u, failed);
     }
 
     // For a unit whose sum did not come, in the place of `store`. If of its parts only such did not come as
     // lie behind the row's end, the row is whole, and others may be through with it: what was told stays.
     void tell_failure(int part, u32 unit) {
-        if constexpr (kIsChunk) tell(part, unit, 0, true);
+        if constexpr (kChunkUnits == 1) tell(place(part, unit), 0, true);
+    }
+
+    // By all threads of the block, once they have stored their units of the row: `first` to `first + lanes`
+    // of each part, and so on at every `step`. `ok`: whether this thread has stored its own.
+    void tell_sums(bool ok, u32 first, u32 lanes, u32 step) {
+        if constexpr (kChunkUnits > 1) {
+            const bool failed = __syncthreads_or(!ok);
+            const u32 lane = threadIdx.x % 32, units = args_.norm.row_units;
+            u32 turn = threadIdx.x / 32;  // of the warps
+            for (; first < units; first += step)
+                for (u32 from = first; from < first + lanes && from < units; from += kChunkUnits)
+                    for (int part = 0; part < Plan::kParts; part++) {
+                        if (turn-- != 0) continue;
+                        turn = blockDim.x / 32 - 1;
+                        const float* words = word_sums() + part * units + from;
+                        float sum = 0;
+#pragma unroll
+                        for (int w = 0; w < LL128::kWords; w++)
+                            if (LL128::holds_half(lane, w / 2))
+                                sum = __fadd_rn(sum, words[LL128::data_offset(lane, w / 2) / 8 + w % 2]);
+                        tell((part * units + from) / kChunkUnits, add_up_lanes(sum), failed);
+                    }
+        }
     }
 
     // Of a unit that this thread has stored; `held` if it was the last, and so is in registers.
@@ -165,10 +169,7 @@ class Rows {
   private:
     u64 row_start() const { return u64(row_) * args_.norm.row_bytes; }
     u64 row_end() const { return row_start() + args_.norm.row_bytes; }
-    u64 start(int part, u32 unit) const {
-        const u32 units = args_.norm.row_units;
-        return row_start() + (u64(part) * units + (unit - row_ * units)) * Packet::kDataBytes;
-    }
+    u64 start(int part, u32 unit) const { return row_start() + u64(place(part, unit)) * Packet::kDataBytes; }
 
     Payload load_residual(int part, u32 unit, bool live) const {
         return Words::load(args_.norm.residual, start(part, unit), live ? row_end() : 0);
@@ -178,10 +179,16 @@ class Rows {
         return Words::load(args_.norm.weight, in_row, live ? args_.norm.row_bytes : 0);
     }
 
-    void tell(int part, u32 unit, float squares, bool failed) {
-        const u32 units = args_.norm.row_units, lane = threadIdx.x % 32;
-        const u32 chunk = part * units + unit - row_ * units;
-        // Of a unit behind the row's end nobody waits for the mark, so a member may have left before it came.
+    // Of the row's units, part after part.
+    u32 place(int part, u32 unit) const {
+        const u32 units = args_.norm.row_units;
+        return part * units + unit - row_ * units;
+    }
+
+    // Stores a mark at every member of the team: the sum beside the number of the row's turn. No barrier.
+    void tell(u32 chunk, float squares, bool failed) {
+        const u32 lane = threadIdx.x % 32;
+        // Of one behind the row's end nobody waits for the mark, so a member may have left before it came.
         if (Plan::kParts > 1 && chunk >= num_chunks()) return;
         if (failed) {  // each mark is told once a turn, so that all who read it go the same way
             const u32 tag = u32(Team::load(marks() + chunk) >> 32);
@@ -191,16 +198,15 @@ class Rows {
         if (lane < Team::size()) Team::store(lane, marks() + chunk, mark);
     }
 
-    u32 num_chunks() const { return (args_.norm.row_bytes / 8 + kChunkWords - 1) / kChunkWords; }
+    u32 num_chunks() const { return (args_.norm.row_bytes + LL128::kDataBytes - 1) / LL128::kDataBytes; }
 
     // Two sets, used in turn: a warp may be one row ahead of another, but no more, as it takes a mark of each
     // to go on.
-    static u32 num_marks(const Args<Plan>& args) { return args.norm.row_units * Plan::kParts; }
+    static u32 num_marks(const Args<Plan>& args) { return args.norm.row_units / kChunkUnits * Plan::kParts; }
     static u64* all_marks() { return reinterpret_cast<u64*>(dynamic_shared()); }
     u64* marks() const { return all_marks() + (turn_ % 2 ? num_marks(args_) : 0); }
 
-    static float* word_sums() { return reinterpret_cast<float*>(all_marks()); }
-    float* chunk_sums() const { return word_sums() + args_.norm.row_bytes / 8; }
+    float* word_sums() const { return reinterpret_cast<float*>(all_marks() + 2 * num_marks(args_)); }
 
     const Args<Plan>& args_;
     u32 row_ = 0;
@@ -208,6 +214,7 @@ class Rows {
     Registers<Payload, kHolds ? Plan::kParts : 1> h_, weight_;
 };
 
+// A launch has a team for each row, or fewer (layout.py): none may be without.
 template <class Packet, class Type, class Plan>
 inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     using Tensor = Rows<Plan, Packet, Type>;
@@ -216,60 +223,65 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     wait_for_previous_kernel();
     Columns column(args);
     Tensor& tensor = column.tensor();
-    const u32 lanes = blockDim.x / Packet::kThreads, place = threadIdx.x / Packet::kThreads;
-    // Dealt out to the blocks in turn, so that each has one: it may not leave before others' marks are in.
-    const u32 first = place * Team::size() + Team::rank(), step = Team::size() * lanes;
+    // Units are dealt out in whole chunks, and what threads that leaves over only keep step.
+    const u32 lanes = blockDim.x / Packet::kThreads / Tensor::kChunkUnits * Tensor::kChunkUnits;
+    const u32 place = threadIdx.x / Packet::kThreads, step = Team::size() * lanes;
+    const u32 of_block = Team::rank() * lanes, first = of_block + place;
     const u32 units = args.norm.row_units, rows = args.norm.num_rows;
     const u32 first_row = Team::id(), row_step = Team::number();
     // Where blocks put, their threads keep step: the loops' bound is the block's.
     const u32 ahead = Plan::uses(Transport::kPut) ? place : 0;
 
+    const auto go_to = [&](u32 row, u32 unit) {
+        const u32 end = min(units, unit - place + lanes);
+        column.go_to(row * units + unit, row * units + end);
+    };
     // Of a row, the units of this thread.
     const auto for_columns = [&](u32 row, u32 from, auto&& action) {
         tensor.go_to_row(row);
 #pragma unroll 1
         for (u32 unit = from; unit - ahead < units; unit += step) {
-            column.go_to(row * units + unit, (row + 1) * units);
+            go_to(row, unit);
             action(row * units + unit);
         }
     };
 
     // The first column is loaded while the epoch is on its way.
     tensor.go_to_row(first_row);
-    column.go_to(first_row * units + first, (first_row + 1) * units);
+    go_to(first_row, first);
     typename Columns::Ahead input;
     if constexpr (Columns::kLoadsAhead) column.load_ahead(input);
-    tensor.fetch(first_row * units + first, first < units);
+    tensor.fetch(first_row * units + first, column.live());
     const Entry entry = enter(args.control);
     column.enter(entry);
     let_next_kernel_start(args);
     if constexpr (Columns::kLoadsAhead) {
         if (first - ahead < units) column.send_input(input);
     }
-    u32 row = first_row;
 #pragma unroll 1
-    for (; row < rows; row += row_step)
+    for (u32 row = first_row; row < rows; row += row_step)
         for_columns(row, Columns::kLoadsAhead && row == first_row ? first + step : first,
                     [&](u32) { column.send_input(); });
     const bool held = units <= step;  // one column a thread
-    // A warp without a unit would not be waited for, and so may not read marks.
-    row = Tensor::kIsChunk && first >= units ? rows : first_row;
+    u32 row = first_row;
+    // Warps without a unit go along: a block may not leave before others' marks are in.
 #pragma unroll 1
     for (; row < rows; row += row_step) {
         for_columns(row, first, [&](u32 unit) {
-            if (row != first_row || unit != row * units + first) tensor.fetch(unit, unit < (row + 1) * units);
+            if (row != first_row || unit != row * units + first) tensor.fetch(unit, column.live());
             column.finish();
             if (!column.ok()) {
                 for (int part = 0; part < Plan::kParts; part++)
-                    if (unit < (row + 1) * units) tensor.tell_failure(part, unit);
+                    if (column.live()) tensor.tell_failure(part, unit);
             }
         });
+        tensor.tell_sums(column.ok(), of_block, lanes, step);
         float scale;
-        if (!tensor.find_scale(column.ok(), scale)) break;
+        if (!tensor.find_scale(scale)) break;
         for_columns(row, first, [&](u32 unit) {
 #pragma unroll
             for (int part = 0; part < Plan::kParts; part++)
-                if (unit < (row + 1) * units) tensor.normalise(part, unit, scale, held);
+                if (column.live()) tensor.normalise(part, unit, scale, held);
         });
         tensor.next_turn();
     }
@@ -279,7 +291,7 @@ inline void all_reduce_add_rms_norm(const Args<Plan>& args) {
     for (; row < rows; row += row_step)
         for_columns(row, first, [&](u32 unit) {
             for (int part = 0; part < Plan::kParts; part++)
-                if (unit < (row + 1) * units) tensor.poison(part, unit);
+                if (column.live()) tensor.poison(part, unit);
         });
     leave(args, entry);
 }
