@@ -143,8 +143,8 @@ def test_a_peer_in_another_call(packets: Format) -> None:
     assert results[1][1][1].isnan().all()
 
 
-# 5120 leaves a whole chunk of a part empty, so that not all blocks of a cluster have equally many. Of 960 a part
-# is one or two chunks, so that warps, or blocks, have none.
+# 5120 leaves a whole chunk of a part empty, so that not all blocks of a cluster have equally many. Of 960 a
+# part is one or two chunks, so that warps, or blocks, have none.
 ROWS = [
     ("exchange:2", "0", LL128, 3840, (2, 64, 1)),
     ("exchange:2", "0", LL128, 3840, (4, 32, 4)),

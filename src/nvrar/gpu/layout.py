@@ -168,8 +168,8 @@ class Rows:
     def launch_shape(
         self, plan: Plan, packets: Format, room: Room, has_clusters: bool
     ) -> LaunchShape:
-        """A row's chunks over a cluster, where there are clusters and few rows: a multiprocessor is kept busy by
-        the instructions of so many chunks as long as packets are under way."""
+        """A row's chunks over a cluster, where there are clusters and few rows: a multiprocessor is kept busy
+        by the instructions of so many chunks as long as packets are under way."""
         chunks, busy = self.chunks_of_row(plan), _BUSY_CHUNKS[packets]
         shape = self._shape(plan, packets, room, 1)
         for cluster in _CLUSTERS if has_clusters else ():
