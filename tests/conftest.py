@@ -1,6 +1,7 @@
 """What all tests share: helpers next to this file can be imported by name."""
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ def is_for_gpus(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Jobs in a script's background ignore SIGINT, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not is_for_gpus(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
