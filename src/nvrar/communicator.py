@@ -217,9 +217,9 @@ class Communicator:
             ``(normalised, sum + residual)``, with the bits that :meth:`all_reduce` and
             :func:`nvrar.rms_norm.add_rms_norm` have one after the other. No gradient flows through them.
 
-        Capturable in a CUDA graph after :meth:`warmup` with ``norm=True``. Where rows are not a multiple of
-        16 bytes, or longer than 64 KB, or the message is larger than ``max_bytes``, it takes two launches or
-        more.
+        Capturable in a CUDA graph after :meth:`warmup` with ``norm=True``. It takes two launches or more
+        where rows are not a multiple of 16 bytes, or longer than 64 KB; where the message comes near
+        ``max_bytes``; and, but for NVLink, where it is large and the plan cuts its rows into small parts.
 
         Raises:
             NvrarError: as :meth:`all_reduce`.

@@ -264,18 +264,20 @@ def check_streams() -> None:
     if RANK % 2:
         order.reverse()
     # Rows over clusters, with and without their sum, begin early beside sums that wait: all must find room.
-    rows = everyone[RANK, : 16 * 8192].view(16, 8192)
+    num_rows = 32 // dist.get_world_size()
+    rows = everyone[RANK, : num_rows * 8192].view(num_rows, 8192)
     weight = torch.rand(8192, device=DEVICE).bfloat16()
     # Given: making a tensor may wait for all streams, and then for the other communicator's peers.
     results = {comm: torch.empty_like(everyone[RANK]) for comm in comms}
-    normed, wanted, summed, h = (
-        {comm: torch.empty_like(rows) for comm in comms} for _ in range(4)
+    fused, apart = (
+        {comm: (torch.empty_like(rows), torch.empty_like(rows)) for comm in comms} for _ in range(2)
     )
+    summed = {comm: torch.empty_like(rows) for comm in comms}
     small = torch.empty_like(everyone[RANK, :9999])
     for comm in comms:
         comm.warmup([small.nbytes, rows.nbytes, everyone[RANK].nbytes], norm=True)
-        alone = comm.all_reduce_add_rms_norm(rows, rows, weight, 1e-5)
-        wanted[comm].copy_(alone[0])
+        assert comm._gpu.sums_rows(rows)
+        comm.all_reduce_add_rms_norm(rows, rows, weight, 1e-5)
     torch.cuda.synchronize()
     for turn in range(50):
         for comm, stream in order:
@@ -284,14 +286,20 @@ def check_streams() -> None:
                 for _ in range(3):
                     comm.all_reduce(everyone[RANK], out=results[comm])
                     comm.all_reduce(everyone[RANK, :9999], out=small)
-                    to = {"out": normed[comm], "residual_out": h[comm]}
-                    comm.all_reduce_add_rms_norm(rows, rows, weight, 1e-5, **to)
+                    out, h = fused[comm]
+                    comm.all_reduce_add_rms_norm(rows, rows, weight, 1e-5, out=out, residual_out=h)
                     comm.all_reduce(rows, out=summed[comm])
-                    comm._gpu.add_rms_norm(summed[comm], rows, weight, 1e-5, **to, sums=False)
+                    to = apart[comm]
+                    comm._gpu.add_rms_norm(summed[comm], rows, weight, 1e-5, *to, sums=False)
     for comm in comms:
         comm.check()
         assert torch.equal(bits(results[comm]), bits(expected))
-        assert torch.equal(bits(normed[comm]), bits(wanted[comm]))
+        total = reference_all_reduce(
+            everyone[:, : rows.numel()], comm.plan_for(rows.nbytes), "sum", TOPOLOGY
+        )
+        wanted = add_rms_norm(total.view_as(rows), rows, weight, 1e-5)
+        for found in (fused[comm], apart[comm]):
+            assert all(torch.equal(bits(f), bits(w)) for f, w in zip(found, wanted, strict=True))
         comm.close()
 
 

@@ -164,7 +164,10 @@ def test_units_cover_every_message(packets):
 
 
 @pytest.mark.parametrize("packets", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("word", ["identity", "exchange:2", "split:4 exchange:2", "split:7"])
+@pytest.mark.parametrize(
+    "word",
+    ["identity", "exchange:2", "split:4 exchange:2", "split:7", "split:8 split:8", "split:128"],
+)
 @pytest.mark.parametrize("row_bytes", [16, 1008, 8192, 16384, 65536])
 def test_a_block_covers_its_row(row_bytes, word, packets):
     plan, rows = Plan.parse(word), layout.Rows(5, row_bytes)
@@ -183,8 +186,41 @@ def test_a_block_covers_its_row(row_bytes, word, packets):
             in_block = shape.threads * packets.data_bytes // packets.threads // 960
             chunks = units * packets.data_bytes // 960
             assert chunks > (shape.cluster - 1) * in_block  # each block has one
-    assert rows.shared_bytes(plan, packets) <= 48 << 10  # what a kernel has without asking
-    assert rows.inbox_bytes(plan, packets) >= layout.inbox_bytes(plan, packets, 5 * row_bytes)
+    needed = rows.inbox_bytes(plan, packets)
+    assert needed >= layout.inbox_bytes(plan, packets, 5 * row_bytes)
+    # Else the sum is a launch of its own. A kernel has 48 KB without asking.
+    assert not rows.fits(plan, packets, needed - 1)
+    assert not rows.fits(plan, packets, needed) or rows.shared_bytes(plan, packets) < 48 << 10
+    assert rows.fits(plan, packets, needed) or layout.num_parts(plan) > 2
+
+
+@pytest.mark.parametrize(
+    ("word", "packets", "num_rows", "row_bytes", "shape"),
+    [
+        ("exchange:2", LL128, 1, 16384, (4, 160, 4)),
+        ("exchange:2", LL128, 8, 16384, (32, 160, 4)),
+        ("exchange:2", LL, 1, 8192, (5, 256, 5)),
+        ("exchange:2", LL, 1, 16384, (6, 384, 6)),
+        ("exchange:2", LL, 1, 2048, (3, 128, 3)),
+        ("split:8 exchange:2", LL, 1, 16384, (3, 128, 3)),
+        ("split:8 exchange:2", LL128, 1, 8192, (1, 64, 1)),
+    ],
+)
+def test_a_row_goes_over_a_cluster(word, packets, num_rows, row_bytes, shape):
+    room = layout.Room(lambda threads: 132 * (1024 // threads))
+    plan, rows = Plan.parse(word), layout.Rows(num_rows, row_bytes)
+    assert rows.launch_shape(plan, packets, room, has_clusters=True) == layout.LaunchShape(*shape)
+    assert rows.launch_shape(plan, packets, room, has_clusters=False).cluster == 1
+    little = layout.Room(lambda threads: 4)  # too little for clusters
+    assert rows.launch_shape(plan, packets, little, has_clusters=True).cluster == 1
+
+
+def test_clusters_take_room_by_powers_of_two():
+    shapes = [layout.LaunchShape(12, 32, cluster) for cluster in (1, 2, 3, 4, 6)]
+    assert [shape.taken_blocks for shape in shapes] == [12, 12, 16, 12, 16]
+    room = layout.Room(lambda threads: 64)
+    assert room.overlaps(layout.LaunchShape(12, 32, 6))
+    assert not room.overlaps(layout.LaunchShape(15, 32, 5))
 
 
 def test_first_gap():

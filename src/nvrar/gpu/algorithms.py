@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nvrar.gpu.layout import FORMATS, LL, LL128, Format, LaunchShape, num_parts
+from nvrar.gpu.layout import FORMATS, KB, LL, LL128, Format, LaunchShape, num_parts
 from nvrar.plan import Plan
 from nvrar.tune import Choice
 
@@ -15,6 +15,7 @@ NVLINK = "nvlink"  # the link (nvrar.table.Key.link) that keeps 128-byte lines w
 # Up to so many bytes a part, LL is as fast as LL128 over NVLink or faster; it needs fewer instructions.
 # Measured on 2x H200 (benchmarks/): 2.68 us against 2.70 at 1 KB, 2.79 against 2.73 at 4 KB.
 LL_PART_BYTES = 2048
+_ROW_SLACK = 256 * KB  # so that rows of small messages have room; of large ones the rest is little
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,19 @@ class Algorithms:
 
     def of_rows(self, num_bytes: int) -> Algorithm:
         """The same where the launch goes on with the norm of rows. Tables have not measured that: there LL,
-        which takes four times the warps a row, is no faster at any size, and slower from 16 KB a row on."""
+        which takes four times the warps a row, was no faster from 2 KB to 64 KB, and slower with rows of
+        16 KB (two ranks that share an H200; docs/protocol.md)."""
         return Algorithm(self.of(num_bytes).plan, self._row_packets)
 
     def largest(self) -> dict[Algorithm, int]:
-        """Every algorithm that may run, with the bytes of its largest message."""
-        return {
-            algorithm: min(1 << exponent, max(self._max_bytes, 1))
-            for exponent, algorithm in enumerate(self._by_exponent)
-        }
+        """Every algorithm that may run, with the bytes of its largest message; rows are filled up to whole
+        chunks."""
+        found: dict[Algorithm, int] = {}
+        for exponent, algorithm in enumerate(self._by_exponent):
+            num_bytes = min(1 << exponent, max(self._max_bytes, 1))
+            found[algorithm] = max(num_bytes, found.get(algorithm, 0))
+            found[self.of_rows(num_bytes)] = num_bytes + min(num_bytes, _ROW_SLACK)
+        return found
 
 
 def _algorithm(choice: Choice, num_bytes: int, link: str) -> Algorithm:

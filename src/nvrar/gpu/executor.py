@@ -159,8 +159,8 @@ class GpuExecutor:
         return Prepared(args, pointers, whole, ragged, shape, packets.align_bytes)
 
     def has_room_for(self, rows: Rows, algorithm: Algorithm) -> bool:
-        plan, packets = algorithm.plan, algorithm.packets
-        return rows.inbox_bytes(plan, packets) <= self._workspace.room_for(packets)
+        packets = algorithm.packets
+        return rows.fits(algorithm.plan, packets, self._workspace.room_for(packets))
 
     def prepare_rows(
         self, rows: Rows, dtype: torch.dtype, eps: float, algorithm: Algorithm

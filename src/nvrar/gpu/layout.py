@@ -64,6 +64,15 @@ class LaunchShape:
     threads: int
     cluster: int = 1  # blocks that can write to each other's shared memory
 
+    @property
+    def taken_blocks(self) -> int:
+        """Blocks of the GPU that it keeps from others: clusters of no power of two leave gaps."""
+        return self.blocks // self.cluster * _power_above(self.cluster)
+
+
+def _power_above(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
 
 def most_threads(plan: Plan) -> int:
     """The largest block that a kernel is compiled for.
@@ -91,7 +100,7 @@ class Room:
 
     def overlaps(self, shape: LaunchShape) -> bool:
         """Whether the next launch may begin while this one ends."""
-        return 4 * shape.blocks <= self.resident(shape.threads)
+        return 4 * shape.taken_blocks <= self.resident(shape.threads)
 
 
 def launch_shape(
@@ -129,10 +138,14 @@ def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[La
     )
 
 
-MOST_ROW_BYTES = 64 * KB  # of which a block can hold the squares
+MOST_ROW_BYTES = 64 * KB  # a hidden size of 32768 in bf16; longer rows were not tried
 _CHUNK_BYTES = (
     LL128.data_bytes
-)  # whose squares are added up first, whatever the packets (rms_norm.py)
+)  # squares of a chunk are added up first, in any format (rms_norm.py)
+_MOST_SHARED_BYTES = (
+    47 * KB
+)  # of the 48 that a block has without asking; the kernel takes some itself
+_MOST_PADDING = 128 * KB  # in an inbox of LL, which NVLink carries in 0.4 us; a launch takes longer
 _BUSY_CHUNKS = {LL: 1, LL128: 5}
 _CLUSTERS = (2, 4, 8)  # blocks in one, up to what every GPU with clusters can have
 
@@ -156,6 +169,16 @@ class Rows:
         """As :func:`inbox_bytes`: more than it, by what rows leave empty of their last units."""
         units = self.num_rows * self.units_of_row(plan, packets)
         return num_areas(plan) * units * packets.slot_bytes
+
+    def fits(self, plan: Plan, packets: Format, room: int) -> bool:
+        """Whether sum and norm may be one launch, in an inbox of ``room`` bytes. Equal on all ranks."""
+        needed = self.inbox_bytes(plan, packets)
+        padding = needed - inbox_bytes(plan, packets, self.num_rows * self.row_bytes)
+        return (
+            needed <= room
+            and self.shared_bytes(plan, packets) <= _MOST_SHARED_BYTES
+            and (packets is LL128 or padding <= _MOST_PADDING)
+        )
 
     def shared_bytes(self, plan: Plan, packets: Format) -> int:
         """Of the block's memory, for the squares: two marks of 8 bytes for each chunk, and with LL a float
@@ -183,12 +206,12 @@ class Rows:
             shape = wider
         return shape
 
-    def _shape(self, plan: Plan, packets: Format, room: Room, cluster: int) -> LaunchShape:
+    def _shape(self, plan: Plan, packets: Format, room: Room, most_cluster: int) -> LaunchShape:
         chunks = self.chunks_of_row(plan)
         threads_of_chunk = packets.threads * _CHUNK_BYTES // packets.data_bytes
-        turns = -(-chunks // (cluster * (most_threads(plan) // threads_of_chunk)))
-        chunks_of_block = -(-chunks // (cluster * turns))
-        cluster = min(cluster, -(-chunks // chunks_of_block))  # none goes empty
+        turns = -(-chunks // (most_cluster * (most_threads(plan) // threads_of_chunk)))
+        chunks_of_block = -(-chunks // (most_cluster * turns))
+        cluster = min(most_cluster, -(-chunks // chunks_of_block))  # none goes empty
         threads = -(-chunks_of_block * threads_of_chunk // 32) * 32
-        num_rows = max(1, min(room.most_blocks(threads) // cluster, self.num_rows))
-        return LaunchShape(num_rows * cluster, threads, cluster)
+        num_teams = min(room.most_blocks(threads) // _power_above(cluster), self.num_rows)
+        return LaunchShape(max(1, num_teams) * cluster, threads, cluster)

@@ -93,8 +93,9 @@ class Rows {
         for (u32 chunk = threadIdx.x % 32; chunk < num_chunks(); chunk += 32) {
             u32 sum, tag;
             // It comes: whoever holds the chunk waits for packets within the budget, and then says so. A warp
-            // that holds none is waited for by nobody, and may find the mark of a later turn, which nobody
-            // comes to after a failure.
+            // that tells none may come late, and find the mark of a later turn, which nobody comes to after a
+            // failure. (With LL it may hold units: then the barrier of `tell_sums` keeps others from a later
+            // turn.)
             do {
                 const u64 mark = Team::load(marks() + chunk);
                 sum = u32(mark);
@@ -111,6 +112,7 @@ class Rows {
 
     // For a unit whose sum did not come, in the place of `store`. If of its parts only such did not come as
     // lie behind the row's end, the row is whole, and others may be through with it: what was told stays.
+    // (With LL nothing was told before the block has met, and all of its chunks fail.)
     void tell_failure(int part, u32 unit) {
         if constexpr (kChunkUnits == 1) tell(place(part, unit), 0, true);
     }
@@ -200,8 +202,8 @@ class Rows {
 
     u32 num_chunks() const { return (args_.norm.row_bytes + LL128::kDataBytes - 1) / LL128::kDataBytes; }
 
-    // Two sets, used in turn: a warp may be one row ahead of another, but no more, as it takes a mark of each
-    // to go on.
+    // Two sets, used in turn: a warp may be one row ahead of another that tells marks, but no more, as it
+    // takes all of them to go on.
     static u32 num_marks(const Args<Plan>& args) { return args.norm.row_units / kChunkUnits * Plan::kParts; }
     static u64* all_marks() { return reinterpret_cast<u64*>(dynamic_shared()); }
     u64* marks() const { return all_marks() + (turn_ % 2 ? num_marks(args_) : 0); }
