@@ -264,7 +264,7 @@ def check_streams() -> None:
     if RANK % 2:
         order.reverse()
     # Rows over clusters, with and without their sum, begin early beside sums that wait: all must find room.
-    num_rows = 32 // dist.get_world_size()
+    num_rows = max(1, 32 // dist.get_world_size())
     rows = everyone[RANK, : num_rows * 8192].view(num_rows, 8192)
     weight = torch.rand(8192, device=DEVICE).bfloat16()
     # Given: making a tensor may wait for all streams, and then for the other communicator's peers.

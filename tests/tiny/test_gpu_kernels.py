@@ -215,6 +215,15 @@ def test_a_row_goes_over_a_cluster(word, packets, num_rows, row_bytes, shape):
     assert rows.launch_shape(plan, packets, little, has_clusters=True).cluster == 1
 
 
+def test_rows_that_their_parts_would_fill_up_much_are_summed_apart():
+    plan = Plan.parse("split:8 exchange:2")  # 8 KB in eight parts are filled up to 15 KB
+    few, many = layout.Rows(1, 8192), layout.Rows(64, 8192)
+    assert few.fits(plan, LL, 1 << 30)
+    assert not many.fits(plan, LL, 1 << 30)
+    assert many.fits(plan, LL128, 1 << 30)
+    assert many.fits(Plan.parse("exchange:2"), LL, 1 << 30)  # half a chunk a row
+
+
 def test_clusters_take_room_by_powers_of_two():
     shapes = [layout.LaunchShape(12, 32, cluster) for cluster in (1, 2, 3, 4, 6)]
     assert [shape.taken_blocks for shape in shapes] == [12, 12, 16, 12, 16]

@@ -139,13 +139,12 @@ def shapes_worth_trying(plan: Plan, packets: Format, num_bytes: int) -> tuple[La
 
 
 MOST_ROW_BYTES = 64 * KB  # a hidden size of 32768 in bf16; longer rows were not tried
-_CHUNK_BYTES = (
-    LL128.data_bytes
-)  # squares of a chunk are added up first, in any format (rms_norm.py)
-_MOST_SHARED_BYTES = (
-    47 * KB
-)  # of the 48 that a block has without asking; the kernel takes some itself
-_MOST_PADDING = 128 * KB  # in an inbox of LL, which NVLink carries in 0.4 us; a launch takes longer
+# The squares of a chunk are added up first, in any format (rms_norm.py).
+_CHUNK_BYTES = LL128.data_bytes
+# Of the 48 KB that a block has without asking the kernel takes some itself.
+_MOST_SHARED_BYTES = 47 * KB
+# In an inbox of LL: NVLink carries that much in 0.4 us, and a launch of its own takes longer.
+_MOST_PADDING = 128 * KB
 _BUSY_CHUNKS = {LL: 1, LL128: 5}
 _CLUSTERS = (2, 4, 8)  # blocks in one, up to what every GPU with clusters can have
 
